@@ -1,0 +1,36 @@
+# What developers run. Everything is installed into .venv; nothing else on the machine changes.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint types check clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-7s %s\n", $$1, $$2}'
+
+run: $(INSTALLED) ## Start the service and all it needs on this machine; Ctrl-C stops it
+	@$(BIN)/python -m devstack $(ARGS)
+
+test: $(INSTALLED) ## Run all tests with the coverage of app
+	$(BIN)/python -m pytest tests/ --cov=app --cov-report=html --cov-report=term-missing
+
+lint: $(INSTALLED) ## Check style: Python and SQL
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/sqlfluff lint --disable-progress-bar supabase
+
+types: $(INSTALLED) ## Check types
+	$(BIN)/mypy
+
+check: lint types test ## All of the above: what must pass before a commit
+
+clean: ## Delete what make has made: .venv, the development database, caches
+	rm -rf .venv .devstack .coverage htmlcov .mypy_cache .ruff_cache .pytest_cache
+
+$(INSTALLED): requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	@touch $(INSTALLED)

@@ -1,0 +1,1 @@
+"""A microservice that charges a student's prepaid balance for an item."""

@@ -1,0 +1,136 @@
+"""Every way in which a request can be refused or fail; the HTTP answer stands on the class."""
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+PROBLEMS: dict[str, type["PaymentError"]] = {}
+
+RETRY_AFTER = {"Retry-After": "1"}
+
+
+class PaymentError(Exception):
+    """A refusal or failure as the caller sees it (RFC 9457); subclasses with a code are listed.
+
+    `detail` overrides the title as the sentence for this occurrence; `members` are what the code
+    adds to the problem's body.
+    """
+
+    status: ClassVar[int]
+    code: ClassVar[str]
+    title: ClassVar[str]
+    meaning: ClassVar[str]
+    advice: ClassVar[str]
+    money_moved: ClassVar[Literal["no", "unknown"]] = "no"
+    headers: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        PROBLEMS[cls.code] = cls
+
+    def __init__(self, detail: str | None = None, **members: object) -> None:
+        super().__init__(detail or self.title)
+        self.members = members
+
+
+class InvalidRequest(PaymentError):
+    status, code = 422, "invalid_request"
+    title = "Invalid request"
+    meaning = "The body, path, query or a header is not as documented; errors names each fault."
+    advice = "Correct the request; sending it again unchanged gives the same answer."
+
+
+class RequestTooLarge(PaymentError):
+    status, code = 413, "request_too_large"
+    title = "Request too large"
+    meaning = "The body is over 16 KiB."
+    advice = "Send only the documented fields."
+
+
+class UserNotFound(PaymentError):
+    status, code = 404, "user_not_found"
+    title = "User not found"
+    meaning = "No user has this id."
+    advice = "Check the card's number."
+
+
+class UserInactive(PaymentError):
+    status, code = 403, "user_inactive"
+    title = "User is not active"
+    meaning = "The user is switched off and cannot pay."
+    advice = "Send the user to whoever administers the cards."
+
+
+class ItemNotFound(PaymentError):
+    status, code = 404, "item_not_found"
+    title = "Item not found"
+    meaning = "The products service or the ledger does not know this item."
+    advice = "Check the item's id; a new item may not have reached the ledger yet."
+
+
+class ItemInactive(PaymentError):
+    status, code = 409, "item_inactive"
+    title = "Item is not for sale"
+    meaning = "The products service or the ledger says that the item is not for sale."
+    advice = "Take the item out of the selection."
+
+
+class PriceChanged(PaymentError):
+    status, code = 409, "price_changed"
+    title = "The price has changed"
+    meaning = "expected_price is not the price now; price is."
+    advice = "Show the customer the new price and ask again."
+
+
+class InsufficientFunds(PaymentError):
+    status, code = 402, "insufficient_funds"
+    title = "Insufficient funds"
+    meaning = "The balance is below the price."
+    advice = "Ask the customer to top up or to choose something cheaper."
+
+
+class ProductsUnavailable(PaymentError):
+    status, code, headers = 503, "products_unavailable", RETRY_AFTER
+    title = "The products service is not available"
+    meaning = "The products service is down, slow, or gave an answer that makes no sense."
+    advice = "Try again after the time in Retry-After."
+
+
+class LedgerUnavailable(PaymentError):
+    status, code, headers = 503, "ledger_unavailable", RETRY_AFTER
+    title = "The ledger is not available"
+    meaning = "The database did not take the debit, or rolled it back, and may take it later."
+    advice = "Try again after the time in Retry-After."
+
+
+class OutcomeUnknown(PaymentError):
+    status, code, money_moved = 504, "outcome_unknown", "unknown"
+    title = "Whether the user was charged is not known"
+    meaning = "The debit was sent to the database and no answer came."
+    advice = "Look at the user's ledger entries before trying again: the debit may have been done."
+
+
+class LedgerRejected(PaymentError):
+    status, code = 500, "ledger_rejected"
+    title = "The ledger refused the call"
+    meaning = "The database refuses the call for a reason that trying again cannot mend."
+    advice = "Tell the operator: a migration is missing or the key is wrong."
+
+
+class InternalError(PaymentError):
+    status, code, money_moved = 500, "internal_error", "unknown"
+    title = "Internal error"
+    meaning = "A fault in this service."
+    advice = "Tell the operator, with the request_id."
+
+
+class NotFound(PaymentError):
+    status, code = 404, "not_found"
+    title = "Not found"
+    meaning = "Nothing is served at this path."
+    advice = "See /docs for what there is."
+
+
+class MethodNotAllowed(PaymentError):
+    status, code = 405, "method_not_allowed"
+    title = "Method not allowed"
+    meaning = "This path is served for other methods; Allow names them."
+    advice = "See /docs for what there is."

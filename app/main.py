@@ -1,0 +1,120 @@
+"""The application: settings, clients, middleware and routes put together."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+from supabase import AsyncClient, AsyncClientOptions
+
+from app.errors import PaymentError
+from app.ledger import CALL_TIMEOUT_SECONDS, Ledger
+from app.observability import RequestContext, configure_logging, pass_on_traceparent
+from app.problems import answer_http_exception, answer_payment_error
+from app.products import PRODUCTS_TIMEOUT_SECONDS, Products
+from app.readiness import Readiness
+from app.routes import Services, add_routes
+from app.schemas import DebitRequest, Payment, Problem
+from app.settings import Settings, SettingsError, load_settings
+
+CONNECT_TIMEOUT_SECONDS = 1.0
+CONNECTIONS_MAX = 100
+CONNECTION_IDLE_SECONDS_MAX = 5.0
+
+DESCRIPTION = """
+Charges a student's prepaid balance for an item. All money is integers in minor units (öre).
+Refusals and failures are problems (RFC 9457): decide on `code`, which `/problems` explains.
+"""
+
+
+class PaymentService(FastAPI):
+    """The ASGI application; reads its settings when the server starts it, unless given some."""
+
+    def __init__(self, settings: Settings | None = None) -> None:
+        super().__init__(
+            title="Payment service",
+            version="0.1.0",
+            description=DESCRIPTION,
+            lifespan=_lifespan,
+            redirect_slashes=False,
+        )
+        self.settings = settings
+        self.add_middleware(RequestContext)
+        self.add_exception_handler(PaymentError, answer_payment_error)
+        self.add_exception_handler(HTTPException, answer_http_exception)
+        add_routes(self)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" and self.settings is None:
+            try:
+                self.settings = load_settings()
+            except SettingsError as error:
+                # Raised in the lifespan it would reach the operator as a traceback.
+                await receive()
+                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                return
+        await super().__call__(scope, receive, send)
+
+    def openapi(self) -> dict[str, Any]:
+        """Add the models that the routes read and write by hand."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            _, models = models_json_schema(
+                [(DebitRequest, "validation"), (Payment, "serialization"), (Problem, "validation")],
+                ref_template="#/components/schemas/{model}",
+            )
+            document.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
+        return super().openapi()
+
+
+@asynccontextmanager
+async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
+    settings = app.settings
+    assert settings is not None  # noqa: S101 - __call__ has read them
+    configure_logging(settings.log_level)
+    async with AsyncExitStack() as stack:
+        products_client = await stack.enter_async_context(
+            _http_client(PRODUCTS_TIMEOUT_SECONDS, settings.products_service_url)
+        )
+        ledger_client = await stack.enter_async_context(_http_client(CALL_TIMEOUT_SECONDS))
+        supabase = AsyncClient(
+            settings.supabase_url,
+            settings.supabase_service_role_key.get_secret_value(),
+            AsyncClientOptions(
+                httpx_client=ledger_client, auto_refresh_token=False, persist_session=False
+            ),
+        )
+        services = Services(Products(products_client), Ledger(supabase), Readiness())
+        stack.enter_context(services.readiness.ended_by_sigterm())
+        waiting = asyncio.create_task(services.readiness.await_ledger(services.ledger))
+        stack.push_async_callback(_cancel, waiting)
+        yield {"services": services}
+
+
+def _http_client(timeout_seconds: float, base_url: str = "") -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=base_url,
+        timeout=httpx.Timeout(
+            timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS, pool=CONNECT_TIMEOUT_SECONDS
+        ),
+        limits=httpx.Limits(
+            max_connections=CONNECTIONS_MAX,
+            max_keepalive_connections=CONNECTIONS_MAX,
+            keepalive_expiry=CONNECTION_IDLE_SECONDS_MAX,
+        ),
+        event_hooks={"request": [pass_on_traceparent]},
+    )
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+app = PaymentService()

@@ -1,0 +1,136 @@
+"""Problems as callers receive them (RFC 9457), and the catalogue that explains them."""
+
+import json
+import logging
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.errors import (
+    PROBLEMS,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    PaymentError,
+    PriceChanged,
+)
+from app.schemas import ProblemExplanation
+
+MEDIA_TYPE = "application/problem+json"
+EXAMPLE_REQUEST_ID = "0b0e3f6c-9a55-4d2c-8f0e-4d0f8d0f6a11"
+ERRORS_MAX = 20
+POINTER_LENGTH_MAX = 100
+
+logger = logging.getLogger(__name__)
+
+
+def problem_response(error: PaymentError, request_id: str) -> Response:
+    return Response(
+        json.dumps(_body(error, request_id), ensure_ascii=False, separators=(",", ":")),
+        status_code=error.status,
+        media_type=MEDIA_TYPE,
+        headers=error.headers,
+    )
+
+
+async def answer_payment_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, PaymentError)  # noqa: S101 - registered for this class alone
+    request_id = request.state.request_id
+    if error.status >= 500:
+        logger.warning("request %s: %s", request_id, error.code)
+    return problem_response(error, request_id)
+
+
+async def answer_http_exception(request: Request, error: Exception) -> Response:
+    """Answer what the router refuses by itself: an unknown path or method."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class alone
+    classes = {404: NotFound, 405: MethodNotAllowed}
+    problem = classes.get(error.status_code, InternalError)()
+    response = problem_response(problem, request.state.request_id)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def invalid_body(error: ValidationError) -> InvalidRequest:
+    """Name each fault of a body by where it is, without repeating the body."""
+    faults = [
+        {"pointer": _json_pointer(fault["loc"]), "detail": fault["msg"]}
+        for fault in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    return InvalidRequest("The body is not as documented", errors=faults[:ERRORS_MAX])
+
+
+def invalid_header(name: str, detail: str) -> InvalidRequest:
+    return InvalidRequest(f"Header {name}: {detail}", errors=[{"header": name, "detail": detail}])
+
+
+def explain(code: str) -> ProblemExplanation | None:
+    """Look a code up in the catalogue."""
+    problem = PROBLEMS.get(code)
+    if problem is None:
+        return None
+    return ProblemExplanation(
+        code=problem.code,
+        status=problem.status,
+        title=problem.title,
+        meaning=problem.meaning,
+        advice=problem.advice,
+        money_moved=problem.money_moved,
+    )
+
+
+def documented(*problems: type[PaymentError]) -> dict[int | str, dict[str, Any]]:
+    """Describe problems for OpenAPI: one entry a status, one example a code."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    for problem in problems:
+        response = responses.setdefault(
+            problem.status,
+            {
+                "description": "",
+                "content": {
+                    MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}
+                },
+            },
+        )
+        response["description"] = "; ".join(filter(None, [response["description"], problem.title]))
+        response["content"][MEDIA_TYPE]["examples"][problem.code] = {
+            "summary": problem.title,
+            "value": _body(_example(problem), EXAMPLE_REQUEST_ID),
+        }
+        for name in problem.headers:
+            response.setdefault("headers", {})[name] = {
+                "description": "Seconds to wait before trying again.",
+                "schema": {"type": "integer"},
+            }
+    return responses
+
+
+def _body(error: PaymentError, request_id: str) -> dict[str, object]:
+    return {
+        "type": f"/problems/{error.code}",
+        "title": error.title,
+        "status": error.status,
+        "detail": str(error),
+        "code": error.code,
+        "request_id": request_id,
+        **error.members,
+    }
+
+
+def _example(problem: type[PaymentError]) -> PaymentError:
+    if problem is PriceChanged:
+        return problem(price=400)
+    if problem is InvalidRequest:
+        fault = {"pointer": "#/user_id", "detail": "Field required"}
+        return problem("The body is not as documented", errors=[fault])
+    return problem()
+
+
+def _json_pointer(location: tuple[int | str, ...]) -> str:
+    """Write a location as RFC 6901 does; a name that the caller made up is cut short."""
+    steps = (str(step).replace("~", "~0").replace("/", "~1") for step in location)
+    return "".join(["#", *(f"/{step}" for step in steps)])[:POINTER_LENGTH_MAX]

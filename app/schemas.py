@@ -1,0 +1,147 @@
+"""What the service takes and gives, as callers see it; all money is integers in minor units."""
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictInt,
+    WithJsonSchema,
+)
+from pydantic_core import PydanticCustomError
+
+BIGINT_MAX = 2**63 - 1
+EXAMPLE_ITEM = "550e8400-e29b-41d4-a716-446655440000"
+
+
+def _whole_number(value: Any) -> Any:
+    """Let an integer or its decimal digits through; to JSON, 1.0 and true are neither."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise PydanticCustomError("whole_number", "Input should be an integer or its decimal digits")
+
+
+def _in_utc(time: datetime) -> datetime:
+    return time.astimezone(UTC)
+
+
+UserId = Annotated[
+    int,
+    Field(ge=1, le=BIGINT_MAX),
+    BeforeValidator(_whole_number),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "minimum": 1, "maximum": BIGINT_MAX},
+                {"type": "string", "pattern": "^[0-9]{1,19}$"},
+            ],
+            "description": "The user's card id, 1 to 2^63-1; as a string for callers whose numbers "
+            "lose digits past 2^53.",
+        },
+        mode="validation",
+    ),
+]
+
+
+class DebitRequest(BaseModel):
+    """A wish to charge a user for an item."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        json_schema_extra={"examples": [{"user_id": 1001, "item_id": EXAMPLE_ITEM}]},
+    )
+
+    user_id: UserId
+    item_id: UUID = Field(description="The item's id.")
+    expected_price: StrictInt | None = Field(
+        None,
+        ge=0,
+        le=BIGINT_MAX,
+        description="The price that the customer was shown, in minor units; "
+        "if the price is another by now, nothing is charged.",
+    )
+
+
+class Payment(BaseModel):
+    """A debit that was done."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "user_id": 1001,
+                    "new_balance": 4650,
+                    "transaction_id": "6f1d8f0e-1111-4a6b-9d51-000000000001",
+                    "item_id": EXAMPLE_ITEM,
+                    "amount": 350,
+                    "created_at": "2026-11-20T07:15:00.123456Z",
+                }
+            ]
+        },
+    )
+
+    user_id: int = Field(description="The user who was charged.")
+    new_balance: int = Field(description="The user's balance afterwards, in minor units.")
+    transaction_id: UUID = Field(description="The ledger entry.")
+    item_id: UUID = Field(description="The item that was bought.")
+    amount: int = Field(ge=0, description="What was charged, in minor units.")
+    created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)] = Field(
+        description="When, in UTC."
+    )
+
+
+class FieldFault(BaseModel):
+    """One fault in a request: where it is, and what is wrong there."""
+
+    detail: str
+    pointer: str | None = Field(None, description="The body's field, as a JSON Pointer fragment.")
+    parameter: str | None = Field(None, description="The path or query parameter.")
+    header: str | None = Field(None, description="The header.")
+
+
+class Problem(BaseModel):
+    """Why a request was not done (RFC 9457, application/problem+json)."""
+
+    type: str = Field(description="Path of the explanation, /problems/{code}.")
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="What to decide on; see /problems.")
+    request_id: str = Field(description="The request's id, as in the logs and in X-Request-ID.")
+    errors: list[FieldFault] | None = Field(None, description="With invalid_request: the faults.")
+    price: int | None = Field(None, description="With price_changed: the price now.")
+
+
+class ProblemExplanation(BaseModel):
+    """One entry of the error catalogue."""
+
+    code: str
+    status: int
+    title: str
+    meaning: str
+    advice: str = Field(description="What the caller should do.")
+    money_moved: str = Field(description='Whether the user was charged: "no" or "unknown".')
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: str = Field(examples=["healthy"])
+
+
+class Readiness(BaseModel):
+    """Whether debits can be taken, and how the dependencies were when last asked."""
+
+    status: str = Field(description="ready, starting or stopping.", examples=["ready"])
+    dependencies: dict[str, str] = Field(examples=[{"ledger": "ok", "products": "not asked yet"}])

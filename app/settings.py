@@ -1,0 +1,78 @@
+"""The environment, read in one place, once, at start."""
+
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, SecretStr, StringConstraints, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _service_address(address: str) -> str:
+    try:
+        parts = urlsplit(address)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        named = False
+    if not named or parts.query or parts.fragment or any(c.isspace() for c in address):
+        raise ValueError("should be an address such as https://abc.supabase.co")
+    if parts.username or parts.password:
+        raise ValueError("should not hold a user name or password")
+    if "/rest/v1" in parts.path:
+        raise ValueError("should be the project's address without /rest/v1")
+    return address.rstrip("/")
+
+
+def _header_value(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value().strip()
+    if not text or not all("!" <= character <= "~" for character in text):
+        raise ValueError("should be one line of visible ASCII characters without spaces")
+    return SecretStr(text)
+
+
+ServiceAddress = Annotated[
+    str, StringConstraints(strip_whitespace=True), AfterValidator(_service_address)
+]
+
+
+class SettingsError(Exception):
+    """Settings are missing or wrong; the message names each, and never repeats a value."""
+
+
+class Settings(BaseSettings):
+    """What the service is told by its environment or by a file `.env` beside it."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    supabase_url: ServiceAddress = Field(description="Address of the Supabase project.")
+    supabase_service_role_key: Annotated[SecretStr, AfterValidator(_header_value)] = Field(
+        description="Its key for the role service_role; keep it secret."
+    )
+    products_service_url: ServiceAddress = Field(description="Address of the products service.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="How much is logged."
+    )
+
+
+def load_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        SettingsError: something is missing or wrong.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = [
+            f"  {'.'.join(str(part) for part in problem['loc']).upper()}: {problem['msg']}"
+            for problem in error.errors(include_url=False, include_input=False)
+        ]
+        raise SettingsError(
+            "The service cannot start. Set these in its environment or in .env "
+            "(.env.example explains each):\n" + "\n".join(problems)
+        ) from None

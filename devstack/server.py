@@ -1,0 +1,51 @@
+"""One server of the dev stack, in a process of its own that ends when the stack does."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import uvicorn
+
+from devstack.gateway import create_gateway
+from devstack.keys import JWT_SECRET
+from devstack.postgres import database_url
+from devstack.products import create_products
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("name", choices=["gateway", "products", "service"])
+    parser.add_argument("port", type=int)
+    parser.add_argument("postgres_port", type=int)
+    arguments = parser.parse_args()
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    uvicorn.run(
+        _application(arguments.name, arguments.postgres_port),
+        host="127.0.0.1",
+        port=arguments.port,
+        log_level="info" if arguments.name == "service" else "warning",
+        timeout_graceful_shutdown=20,
+        timeout_keep_alive=75,
+        server_header=False,
+    )
+
+
+def _application(name: str, postgres_port: int) -> Any:
+    if name == "gateway":
+        return create_gateway(database_url(postgres_port, role="authenticator"), JWT_SECRET)
+    if name == "products":
+        return create_products(database_url(postgres_port))
+    return "app.main:app"
+
+
+def _stop_with_parent() -> None:
+    """Wait for the end of standard input, which comes when the parent ends, however it ends."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The real parts that tests share: Postgres, the gateway, the products service, the service."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+from database import Database
+from servers import free_port, make_settings, served
+
+from app.main import PaymentService
+from devstack.gateway import create_gateway
+from devstack.keys import JWT_SECRET
+from devstack.postgres import apply_migrations, database_url, running_postgres
+from devstack.products import create_products
+
+
+@pytest.fixture(scope="session")
+def postgres_port() -> Iterator[int]:
+    """A server with an empty database; not in pytest's folder, which only root may enter."""
+    directory = Path(tempfile.mkdtemp(prefix="payment-service-tests-"))
+    port = free_port()
+    with running_postgres(directory / "postgres", port):
+        yield port
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def migrated_port(postgres_port: int) -> int:
+    apply_migrations(database_url(postgres_port))
+    return postgres_port
+
+
+@pytest.fixture(scope="session")
+def database_session(migrated_port: int) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(database_url(migrated_port), autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def database(database_session: psycopg.Connection) -> Database:
+    return Database(database_session)
+
+
+@pytest.fixture(scope="session")
+def gateway_url(migrated_port: int) -> Iterator[str]:
+    gateway = create_gateway(database_url(migrated_port, role="authenticator"), JWT_SECRET)
+    with served(gateway) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def products_url(migrated_port: int) -> Iterator[str]:
+    with served(create_products(database_url(migrated_port))) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def service(gateway_url: str, products_url: str) -> Iterator[httpx.Client]:
+    """The payment service on real parts, and a client that talks to it."""
+    settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
+    with served(PaymentService(settings)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def start_service(gateway_url: str, products_url: str) -> Iterator[Callable[..., httpx.Client]]:
+    """Start a service of the test's own, with other dependencies or settings."""
+    with ExitStack() as stack:
+
+        def start(**changes: object) -> httpx.Client:
+            real = {"supabase_url": gateway_url, "products_service_url": products_url}
+            url = stack.enter_context(served(PaymentService(make_settings(**(real | changes)))))
+            return stack.enter_context(httpx.Client(base_url=url, timeout=30))
+
+        yield start

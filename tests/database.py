@@ -1,0 +1,46 @@
+"""The database as its owner sees it, with what a test needs put in and looked up."""
+
+from dataclasses import dataclass
+from uuid import UUID, uuid4
+
+import psycopg
+
+
+@dataclass(frozen=True)
+class Database:
+    """A connection, and the questions and entries that tests share."""
+
+    connection: psycopg.Connection
+
+    def add_user(self, balance: int = 5000, *, active: bool = True, user_id: int = 0) -> int:
+        user_id = user_id or uuid4().int >> 66  # 62 random bits: a number past 2^53
+        self.connection.execute(
+            'insert into public."Users" (card_id, name, balance, active) values (%s, %s, %s, %s)',
+            (user_id, "test", balance, active),
+        )
+        return user_id
+
+    def add_item(self, price: int = 350, *, active: bool = True) -> UUID:
+        item_id = uuid4()
+        self.connection.execute(
+            'insert into public."Items" (id, name, price, active) values (%s, %s, %s, %s)',
+            (item_id, "test", price, active),
+        )
+        return item_id
+
+    def balance(self, user_id: int) -> int:
+        row = self.connection.execute(
+            'select balance from public."Users" where card_id = %s', (user_id,)
+        ).fetchone()
+        assert row is not None
+        balance: int = row[0]
+        return balance
+
+    def debits(self, user_id: int) -> list[int]:
+        """What was charged, in the order of the entries."""
+        rows = self.connection.execute(
+            'select -amount_delta from public."Transaction_History" '
+            "where user_id = %s and kind = 'debit' order by seq",
+            (user_id,),
+        )
+        return [row[0] for row in rows]

@@ -1,0 +1,188 @@
+"""What the caller is told when a dependency fails, and that it is true."""
+
+from collections.abc import Callable
+from uuid import UUID, uuid4
+
+import httpx
+import psycopg
+import pytest
+from database import Database
+from servers import RawServer, http_answer
+
+from devstack.keys import ANON_KEY
+from devstack.postgres import database_url
+
+Start = Callable[..., httpx.Client]
+
+HTML = http_answer("200 OK", b"<html>Welcome</html>", "text/html")
+BAD_GATEWAY = http_answer("502 Bad Gateway", b"<html>nginx</html>", "text/html")
+
+
+def debit(service: httpx.Client, user_id: int, item_id: UUID) -> tuple[int, str, str | None]:
+    response = service.post("/payments/debit", json={"user_id": user_id, "item_id": str(item_id)})
+    return response.status_code, response.json().get("code"), response.headers.get("retry-after")
+
+
+def item_answer(item_id: UUID, fields: str) -> bytes:
+    return http_answer("200 OK", f'{{"id": "{item_id}", {fields}}}'.encode())
+
+
+PRODUCTS_UNAVAILABLE = (503, "products_unavailable", "1")
+LEDGER_UNAVAILABLE = (503, "ledger_unavailable", "1")
+OUTCOME_UNKNOWN = (504, "outcome_unknown", None)
+LEDGER_REJECTED = (500, "ledger_rejected", None)
+
+PRODUCTS_NONSENSE = {
+    "HTML": HTML,
+    "HTML 404": http_answer("404 Not Found", b"<html>nginx</html>", "text/html"),
+    "HTML 502": BAD_GATEWAY,
+    "500": http_answer("500 Internal Server Error", b'{"detail": "oops"}'),
+    "401": http_answer("401 Unauthorized", b'{"detail": "who?"}'),
+    "redirect": b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n",
+    "empty": http_answer("200 OK", b""),
+    "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
+    "no HTTP": b"220 mail.example.org ESMTP\r\n",
+    "nothing": b"",
+    "an array": http_answer("200 OK", b"[]"),
+    "another item": item_answer(uuid4(), '"price": 350, "active": true'),
+    "negative price": item_answer(UUID(int=7), '"price": -350, "active": true'),
+    "missing price": item_answer(UUID(int=7), '"active": true'),
+    "price null": item_answer(UUID(int=7), '"price": null, "active": true'),
+    "price fraction": item_answer(UUID(int=7), '"price": 3.5, "active": true'),
+    "missing active": item_answer(UUID(int=7), '"price": 350'),
+    "active as text": item_answer(UUID(int=7), '"price": 350, "active": "false"'),
+}
+
+
+@pytest.mark.parametrize("answer", PRODUCTS_NONSENSE.values(), ids=PRODUCTS_NONSENSE.keys())
+def test_nonsense_from_the_products_service_charges_nobody(
+    start_service: Start, database: Database, answer: bytes
+) -> None:
+    user_id = database.add_user()
+    with RawServer(answer) as products:
+        service = start_service(products_service_url=products.url)
+        assert debit(service, user_id, UUID(int=7)) == PRODUCTS_UNAVAILABLE
+    assert products.requests
+    assert database.debits(user_id) == []
+
+
+def test_a_products_service_that_is_down_charges_nobody(
+    start_service: Start, database: Database
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    service = start_service(products_service_url="http://127.0.0.1:1")
+    assert debit(service, user_id, item_id) == PRODUCTS_UNAVAILABLE
+    assert database.debits(user_id) == []
+    assert service.get("/ready").json()["dependencies"]["products"] == "unavailable"
+
+
+@pytest.mark.parametrize("answer", [None, b"HTTP/1.1 200 OK\r\n"], ids=["silent", "stalled"])
+def test_a_slow_products_service_is_given_up_on(
+    start_service: Start, database: Database, answer: bytes | None
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    with RawServer(answer, holds=True) as products:
+        service = start_service(products_service_url=products.url)
+        assert debit(service, user_id, item_id) == PRODUCTS_UNAVAILABLE
+    assert database.debits(user_id) == []
+
+
+def test_the_ledger_decides_when_the_products_service_is_behind(
+    start_service: Start, database: Database
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item(active=False)
+    with RawServer(item_answer(item_id, '"price": 1, "active": true')) as products:
+        service = start_service(products_service_url=products.url)
+        assert debit(service, user_id, item_id)[1] == "item_inactive"
+    with RawServer(item_answer(UUID(int=9), '"price": 1, "active": true')) as products:
+        service = start_service(products_service_url=products.url)
+        assert debit(service, user_id, UUID(int=9))[1] == "item_not_found"
+    assert database.debits(user_id) == []
+
+
+LEDGER_FAULTS = {
+    "HTML": (HTML, OUTCOME_UNKNOWN),
+    "HTML 502": (BAD_GATEWAY, OUTCOME_UNKNOWN),
+    "empty 200": (http_answer("200 OK", b""), OUTCOME_UNKNOWN),
+    "null": (http_answer("200 OK", b"null"), OUTCOME_UNKNOWN),
+    "no outcome": (http_answer("200 OK", b'{"balance": 5}'), OUTCOME_UNKNOWN),
+    "not UTF-8": (http_answer("200 OK", b'"\xff"'), OUTCOME_UNKNOWN),
+    "unheard-of outcome": (
+        http_answer("200 OK", b'{"outcome": "busy", "item_id": "%s"}' % str(UUID(int=7)).encode()),
+        OUTCOME_UNKNOWN,
+    ),
+    "an older item": (
+        http_answer("200 OK", b'{"outcome": "user_inactive", "item_id": null}'),
+        OUTCOME_UNKNOWN,
+    ),
+    "cut off": (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", OUTCOME_UNKNOWN),
+    "no HTTP": (b"220 mail.example.org ESMTP\r\n", OUTCOME_UNKNOWN),
+    "closed without an answer": (b"", OUTCOME_UNKNOWN),
+    "error without a code": (
+        http_answer("401 Unauthorized", b'{"message": "Invalid API key"}'),
+        OUTCOME_UNKNOWN,
+    ),
+    "lost the database": (http_answer("503 X", b'{"code": "PGRST001"}'), OUTCOME_UNKNOWN),
+    "database unreachable": (http_answer("503 X", b'{"code": "PGRST000"}'), LEDGER_UNAVAILABLE),
+    "pool exhausted": (http_answer("504 X", b'{"code": "PGRST003"}'), LEDGER_UNAVAILABLE),
+    "statement timeout": (http_answer("500 X", b'{"code": "57014"}'), LEDGER_UNAVAILABLE),
+    "read only": (http_answer("405 X", b'{"code": "25006"}'), LEDGER_UNAVAILABLE),
+    "check violated": (http_answer("400 X", b'{"code": "23514"}'), LEDGER_REJECTED),
+}
+
+
+@pytest.mark.parametrize(("answer", "told"), LEDGER_FAULTS.values(), ids=LEDGER_FAULTS.keys())
+def test_a_fault_of_the_gateway_is_told_as_what_it_is(
+    start_service: Start,
+    database: Database,
+    answer: bytes,
+    told: tuple[int, str, str | None],
+) -> None:
+    with (
+        RawServer(answer) as gateway,
+        RawServer(item_answer(UUID(int=7), '"price": 350, "active": true')) as products,
+    ):
+        service = start_service(supabase_url=gateway.url, products_service_url=products.url)
+        assert debit(service, 1, UUID(int=7)) == told
+        ready = service.get("/ready")
+    assert ready.status_code == 503
+    assert ready.json()["dependencies"]["ledger"] == told[1]
+
+
+def test_a_gateway_that_is_down_has_not_charged(start_service: Start, database: Database) -> None:
+    item_id = database.add_item()
+    service = start_service(supabase_url="http://127.0.0.1:1")
+    assert debit(service, 1, item_id) == LEDGER_UNAVAILABLE
+
+
+def test_a_gateway_that_goes_silent_leaves_the_outcome_unknown(
+    start_service: Start, database: Database
+) -> None:
+    item_id = database.add_item()
+    with RawServer(None, holds=True) as gateway:
+        service = start_service(supabase_url=gateway.url)
+        assert debit(service, 1, item_id) == OUTCOME_UNKNOWN
+
+
+def test_a_key_without_the_right_role_is_refused_and_never_ready(
+    start_service: Start, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    service = start_service(supabase_service_role_key=ANON_KEY)
+    assert debit(service, user_id, item_id) == LEDGER_REJECTED
+    assert service.get("/ready").status_code == 503
+    assert "SUPABASE_SERVICE_ROLE_KEY" in caplog.text
+    assert ANON_KEY not in caplog.text
+    assert database.debits(user_id) == []
+
+
+def test_a_row_that_somebody_holds_is_not_charged_after_the_lock_timeout(
+    service: httpx.Client, database: Database, migrated_port: int
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    with psycopg.connect(database_url(migrated_port)) as somebody:
+        somebody.execute('select from public."Users" where card_id = %s for update', (user_id,))
+        assert debit(service, user_id, item_id) == LEDGER_UNAVAILABLE
+        somebody.rollback()
+    assert database.debits(user_id) == []
+    assert debit(service, user_id, item_id)[0] == 200

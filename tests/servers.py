@@ -1,0 +1,104 @@
+"""Real servers on loopback for tests: applications, and dependencies that misbehave."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from app.settings import Settings
+from devstack.keys import SERVICE_ROLE_KEY
+
+START_TIMEOUT_SECONDS = 10
+
+
+@contextmanager
+def served(app: ASGIApp) -> Iterator[str]:
+    """Serve an application over HTTP from a thread; yields its address."""
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, lifespan="on", log_config=None, timeout_keep_alive=75
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while not server.started:
+        if not thread.is_alive() or time.monotonic() > deadline:
+            raise RuntimeError("the server did not start")
+        time.sleep(0.002)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(START_TIMEOUT_SECONDS)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class RawServer:
+    """A server that reads each request and then sends exactly the bytes it was given.
+
+    `answer` None sends nothing; `holds` keeps the connection open afterwards instead of closing it.
+    """
+
+    def __init__(self, answer: bytes | None, *, holds: bool = False) -> None:
+        self.requests: list[bytes] = []
+        self._answer = answer
+        self._holds = holds
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._ended = threading.Event()
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> "RawServer":
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._accepting.join()
+
+    def _accept(self) -> None:
+        while not self._ended.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed by the test
+            threading.Thread(target=self._answer_one, args=(connection,)).start()
+
+    def _answer_one(self, connection: socket.socket) -> None:
+        with connection:
+            self.requests.append(connection.recv(65536))
+            if self._answer is not None:
+                connection.sendall(self._answer)
+            if self._holds:
+                self._ended.wait()
+
+
+def http_answer(status: str, body: bytes, content_type: str = "application/json") -> bytes:
+    """Write an HTTP/1.1 answer that ends the connection."""
+    head = (
+        f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\n"
+        f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def make_settings(**changes: object) -> Settings:
+    """Settings as the environment would give them, and nothing from a .env file."""
+    values: dict[str, object] = {
+        "supabase_url": "http://127.0.0.1:1",
+        "supabase_service_role_key": SERVICE_ROLE_KEY,
+        "products_service_url": "http://127.0.0.1:1",
+    }
+    return Settings(_env_file=None, **(values | changes))  # type: ignore[arg-type]  # from text

@@ -1,0 +1,147 @@
+"""Codes, statuses and failure classes: the tables that the contract fixes."""
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from postgrest.exceptions import APIError
+
+from app import errors
+from app.errors import PROBLEMS, LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
+from app.ledger import OUTCOME_ERRORS, classify_failure
+from devstack.postgres import SUPABASE_DIRECTORY
+
+README = Path(__file__).parent.parent.parent / "README.md"
+
+
+def test_the_readme_lists_every_problem_with_its_status() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \|", README.read_text(), re.MULTILINE)
+    assert {code: int(status) for code, status in rows} == {
+        code: problem.status for code, problem in PROBLEMS.items()
+    }
+
+
+def test_every_problem_explains_itself() -> None:
+    for problem in PROBLEMS.values():
+        assert 400 <= problem.status <= 599
+        for sentence in (problem.meaning, problem.advice):
+            assert sentence.endswith(".")
+
+
+def test_only_problems_worth_a_retry_say_when() -> None:
+    retried = {code for code, problem in PROBLEMS.items() if "Retry-After" in problem.headers}
+    assert retried == {code for code, problem in PROBLEMS.items() if problem.status == 503}
+
+
+def test_money_is_never_said_to_be_safe_when_it_is_not_known() -> None:
+    unknown = {code for code, problem in PROBLEMS.items() if problem.money_moved != "no"}
+    assert unknown == {"outcome_unknown", "internal_error"}
+
+
+def test_every_outcome_of_the_migrations_is_mapped() -> None:
+    migration = SUPABASE_DIRECTORY / "migrations" / "20261123090200_debit_use.sql"
+    header = re.findall(r"^--   (\w+) ", migration.read_text(), re.MULTILINE)
+    declines = [code for code in header if code not in ("debited", "idempotency_key_reused")]
+    assert declines == list(OUTCOME_ERRORS)
+
+
+NOT_DONE = [
+    "PGRST000",
+    "PGRST002",
+    "PGRST003",
+    "53000",
+    "53100",
+    "53300",
+    "55P03",
+    "57014",
+    "40001",
+    "40P01",
+    "25006",
+]
+UNKNOWN = [
+    "PGRST001",
+    "PGRSTX00",
+    "08000",
+    "08003",
+    "08006",
+    "57P01",
+    "57P02",
+    "57P03",
+    "200",
+    "301",
+    "404",
+    "502",
+    "503",
+    "520",
+]
+REJECTED = [
+    "42501",
+    "PGRST202",
+    "PGRST203",
+    "PGRST301",
+    "42883",
+    "23514",
+    "P0001",
+    "22P02",
+    "PT402",
+    "25001",
+    "XX000",
+]
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        *((code, LedgerUnavailable) for code in NOT_DONE),
+        *((code, OutcomeUnknown) for code in UNKNOWN),
+        *((code, LedgerRejected) for code in REJECTED),
+        (None, OutcomeUnknown),
+        (502, OutcomeUnknown),
+    ],
+)
+def test_an_answer_of_the_gateway_is_classified_by_its_code(
+    code: str | int | None, failure: type[PaymentError]
+) -> None:
+    assert classify_failure(APIError({"code": code, "message": "42501"})) is failure
+
+
+@pytest.mark.parametrize(
+    ("error", "failure"),
+    [
+        (httpx.ConnectError("refused"), LedgerUnavailable),
+        (httpx.ConnectTimeout("slow"), LedgerUnavailable),
+        (httpx.PoolTimeout("full"), LedgerUnavailable),
+        (httpx.ReadTimeout("slow"), OutcomeUnknown),
+        (httpx.WriteTimeout("slow"), OutcomeUnknown),
+        (httpx.ReadError("reset"), OutcomeUnknown),
+        (httpx.WriteError("broken pipe"), OutcomeUnknown),
+        (httpx.RemoteProtocolError("closed"), OutcomeUnknown),
+        (TimeoutError(), OutcomeUnknown),
+        (ValueError("not UTF-8"), OutcomeUnknown),
+    ],
+)
+def test_a_broken_call_is_not_done_only_if_it_was_never_sent(
+    error: Exception, failure: type[PaymentError]
+) -> None:
+    assert classify_failure(error) is failure
+
+
+def test_no_transport_error_is_forgotten() -> None:
+    never_sent = {httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout}
+    for error in _subclasses(httpx.TransportError):
+        expected = LedgerUnavailable if error in never_sent else OutcomeUnknown
+        assert classify_failure(error("x")) is expected
+
+
+def _subclasses(base: type[httpx.TransportError]) -> set[type[httpx.TransportError]]:
+    return {base}.union(*(_subclasses(child) for child in base.__subclasses__()))
+
+
+def test_every_error_class_is_in_the_catalogue() -> None:
+    classes = {
+        thing
+        for thing in vars(errors).values()
+        if isinstance(thing, type) and issubclass(thing, PaymentError) and thing is not PaymentError
+    }
+    assert classes == set(PROBLEMS.values())
