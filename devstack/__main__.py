@@ -116,7 +116,7 @@ def _refuse_taken_ports(arguments: argparse.Namespace) -> None:
                 flag = f"--{option.replace('_', '-')}"
                 raise StackFailed(
                     f"Port {port} cannot be used ({error.strerror}). End the program that holds "
-                    f"it, or choose another with: python -m devstack {flag} PORT"
+                    f'it, or choose another: make run ARGS="{flag} PORT"'
                 ) from None
 
 
