@@ -1,0 +1,25 @@
+# The first stage installs, the second holds only what runs: no pip cache, no compiler, no tests.
+FROM python:3.11-slim AS build
+COPY requirements.txt .
+RUN python -m venv /venv \
+    && /venv/bin/pip install --no-cache-dir --disable-pip-version-check -r requirements.txt
+WORKDIR /service
+COPY app app
+# The root filesystem is read-only in use, so the bytecode has to be there already.
+RUN /venv/bin/python -m compileall -q app
+
+FROM python:3.11-slim
+LABEL org.opencontainers.image.title="payment-service" \
+      org.opencontainers.image.description="Charges a student's prepaid balance for an item"
+ENV PATH=/venv/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+COPY --from=build /venv /venv
+COPY --from=build /service /service
+WORKDIR /service
+# A number, so that Kubernetes can tell that it is not root.
+USER 10001:10001
+EXPOSE 8002
+HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8002/health', timeout=2)"]
+CMD ["uvicorn", "app.main:app", "--host", "0.0.0.0", "--port", "8002", "--timeout-graceful-shutdown", "20", "--no-server-header"]
