@@ -1,9 +1,10 @@
 """The HTTP surface: what is read from a request, and what is answered."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -82,7 +83,7 @@ def add_routes(app: FastAPI) -> None:
         response_description="The user was charged.",
         response_model=None,
         responses={
-            200: {"content": {"application/json": {"schema": _reference(Payment)}}},
+            200: {"content": {"application/json": _documented(Payment)}},
             **documented(
                 errors.InvalidRequest,
                 errors.RequestTooLarge,
@@ -96,7 +97,7 @@ def add_routes(app: FastAPI) -> None:
         openapi_extra={
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": _reference(DebitRequest)}},
+                "content": {"application/json": _documented(DebitRequest)},
             }
         },
     )
@@ -140,5 +141,6 @@ def _json(answer: Payment | ReadinessBody, status_code: int = 200) -> Response:
     )
 
 
-def _reference(model: type) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+def _documented(model: type[BaseModel]) -> dict[str, Any]:
+    example = model.model_json_schema()["examples"][0]
+    return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "example": example}

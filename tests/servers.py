@@ -1,5 +1,6 @@
 """Real servers on loopback for tests: applications, and dependencies that misbehave."""
 
+import re
 import socket
 import threading
 import time
@@ -78,11 +79,25 @@ class RawServer:
 
     def _answer_one(self, connection: socket.socket) -> None:
         with connection:
-            self.requests.append(connection.recv(65536))
+            self.requests.append(_read_request(connection))
             if self._answer is not None:
                 connection.sendall(self._answer)
             if self._holds:
                 self._ended.wait()
+
+
+def _read_request(connection: socket.socket) -> bytes:
+    """Read one request: its head, and as much body as Content-Length says."""
+    request = b""
+    while True:
+        head, found, body = request.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head, re.IGNORECASE)
+        if found and len(body) >= int(length[1] if length else 0):
+            return request
+        received = connection.recv(65536)
+        if not received:
+            return request
+        request += received
 
 
 def http_answer(status: str, body: bytes, content_type: str = "application/json") -> bytes:
