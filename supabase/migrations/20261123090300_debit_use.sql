@@ -12,6 +12,26 @@
 --   debited                 the entry and the new balance are written
 --
 -- Declines are returned, not raised: an error would roll back the memory of the decline.
+-- The new balance is written by the entry's trigger.
+
+-- A debit_use from older days would make the call ambiguous to PostgREST, so it goes.
+do $$
+declare
+  older regprocedure;
+begin
+  for older in
+    select oid::regprocedure from pg_proc
+    where pronamespace = 'public'::regnamespace and proname in ('debit_use', 'find_payment')
+      and pg_get_function_identity_arguments(oid) not in (
+        'user_id_input bigint, item_input uuid, idempotency_key_input text, '
+        'expected_price_input bigint',
+        'user_id_input bigint, idempotency_key_input text'
+      )
+  loop
+    execute 'drop function ' || older;
+  end loop;
+end
+$$;
 
 create or replace function ledger.find_outcome(
   user_id_input bigint, idempotency_key_input text
@@ -108,7 +128,6 @@ begin
     idempotency_key_input, expected_price_input
   )
   returning * into entry;
-  update public."Users" set balance = entry.balance_after where card_id = user_id_input;
 
   return answer || jsonb_build_object(
     'outcome', 'debited',
