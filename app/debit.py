@@ -1,18 +1,71 @@
-"""The use case: charge a user for an item."""
+"""The use case: charge a user for an item, exactly once."""
 
-from app.errors import ItemInactive
+import asyncio
+from uuid import uuid4
+
+from app.errors import ItemInactive, ItemNotFound, Overloaded, PaymentError, ProductsUnavailable
 from app.ledger import Ledger
+from app.outcomes import Debited, Outcome
 from app.products import Products
-from app.schemas import DebitRequest, Payment
+from app.schemas import DebitRequest
 
 
-async def debit_user_for_item(debit: DebitRequest, products: Products, ledger: Ledger) -> Payment:
-    """Charge the user for the item, if it is for sale and the ledger's rules allow it.
+class Debits:
+    """Takes debits, at most so many at a time, and each for a limited time."""
 
-    Raises:
-        PaymentError: nobody was charged, unless the class says that this is unknown.
-    """
-    item = await products.get_item(debit.item_id)
-    if not item.active:
-        raise ItemInactive
-    return await ledger.debit(debit)
+    def __init__(
+        self, products: Products, ledger: Ledger, *, waiting_max: int, timeout_seconds: float
+    ) -> None:
+        self._products = products
+        self._ledger = ledger
+        self._waiting_max = waiting_max
+        self._timeout_seconds = timeout_seconds
+        self._waiting = 0
+
+    async def debit_user_for_item(self, debit: DebitRequest, callers_key: str | None) -> Debited:
+        """Charge the user for the item, if it is for sale and the ledger's rules allow it.
+
+        Raises:
+            PaymentError: nobody was charged, unless the class says that this is unknown.
+        """
+        if self._waiting >= self._waiting_max:
+            raise Overloaded
+        self._waiting += 1
+        try:
+            return await self._debit(debit, callers_key)
+        finally:
+            self._waiting -= 1
+
+    async def find_outcome(self, user_id: int, key: str) -> Outcome | None:
+        """Look up what was answered under a key; None if nothing is recorded.
+
+        Raises:
+            LedgerUnavailable: it could not be looked up.
+        """
+        return await self._ledger.find(user_id, key, self._deadline())
+
+    async def _debit(self, debit: DebitRequest, callers_key: str | None) -> Debited:
+        deadline = self._deadline()
+        try:
+            item = await self._products.get_item(debit.item_id)
+            if not item.active:
+                raise ItemInactive
+        except (ItemNotFound, ItemInactive, ProductsUnavailable) as refusal:
+            if callers_key is None:
+                raise
+            return await self._replay(debit, callers_key, deadline, refusal)
+        return await self._ledger.debit(debit, callers_key or str(uuid4()), deadline)
+
+    async def _replay(
+        self, debit: DebitRequest, key: str, deadline: float, refusal: PaymentError
+    ) -> Debited:
+        """Answer a retry as the first time, although the item could not be sold now."""
+        earlier = await self._ledger.find(debit.user_id, key, deadline)
+        if earlier is None or not earlier.is_about(debit):
+            raise refusal
+        if isinstance(earlier, Debited):
+            return earlier
+        raise earlier.error()
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self._timeout_seconds

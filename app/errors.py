@@ -29,6 +29,7 @@ class PaymentError(Exception):
     def __init__(self, detail: str | None = None, **members: object) -> None:
         super().__init__(detail or self.title)
         self.members = members
+        self.replayed = False
 
 
 class InvalidRequest(PaymentError):
@@ -50,6 +51,13 @@ class UserNotFound(PaymentError):
     title = "User not found"
     meaning = "No user has this id."
     advice = "Check the card's number."
+
+
+class IdempotencyKeyReused(PaymentError):
+    status, code = 422, "idempotency_key_reused"
+    title = "The idempotency key was used for another debit"
+    meaning = "This user has used the key before, with another item or expected price."
+    advice = "Make a new key for each new debit; keep it only to ask for the same one again."
 
 
 class UserInactive(PaymentError):
@@ -101,11 +109,21 @@ class LedgerUnavailable(PaymentError):
     advice = "Try again after the time in Retry-After."
 
 
+class Overloaded(PaymentError):
+    status, code, headers = 503, "overloaded", RETRY_AFTER
+    title = "Too many debits are waiting"
+    meaning = "More debits are waiting than the service lets wait."
+    advice = "Try again after the time in Retry-After."
+
+
 class OutcomeUnknown(PaymentError):
     status, code, money_moved = 504, "outcome_unknown", "unknown"
     title = "Whether the user was charged is not known"
-    meaning = "The debit was sent to the database and no answer came."
-    advice = "Look at the user's ledger entries before trying again: the debit may have been done."
+    meaning = "The debit was sent to the database, no answer came, and asking again did not help."
+    advice = (
+        "Ask GET /payments/outcome, or send the same debit again, with the idempotency_key of this "
+        "problem; a debit under another key could charge a second time."
+    )
 
 
 class LedgerRejected(PaymentError):
@@ -120,6 +138,13 @@ class InternalError(PaymentError):
     title = "Internal error"
     meaning = "A fault in this service."
     advice = "Tell the operator, with the request_id."
+
+
+class PaymentNotFound(PaymentError):
+    status, code = 404, "payment_not_found"
+    title = "No outcome is recorded under this key"
+    meaning = "The user has neither been charged nor declined under this key."
+    advice = "If a debit under this key may still be on its way, send it again with the same key."
 
 
 class NotFound(PaymentError):

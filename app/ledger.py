@@ -1,44 +1,26 @@
-"""The ledger: the Postgres functions behind Supabase, and what their answers mean."""
+"""The ledger: calls of the Postgres functions behind Supabase, and what their failures mean."""
 
 import asyncio
+import itertools
 import logging
-from typing import Literal
-from uuid import UUID
+import random
 
 import httpx
 from postgrest.exceptions import APIError
 from postgrest.types import JSON
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from supabase import AsyncClient
 
-from app.errors import (
-    InsufficientFunds,
-    ItemInactive,
-    ItemNotFound,
-    LedgerRejected,
-    LedgerUnavailable,
-    OutcomeUnknown,
-    PaymentError,
-    PriceChanged,
-    UserInactive,
-    UserNotFound,
-)
-from app.schemas import DebitRequest, Payment
+from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError, UserNotFound
+from app.outcomes import Debited, Outcome, read_found, read_outcome
+from app.schemas import DebitRequest
 
 # Longer than the function's own statement_timeout (4 s), so that the database gives up first.
 CALL_TIMEOUT_SECONDS = 5.0
+CALLS_MAX = 100
 
-OUTCOME_ERRORS: dict[str, type[PaymentError]] = {
-    error.code: error
-    for error in (
-        UserNotFound,
-        UserInactive,
-        ItemNotFound,
-        ItemInactive,
-        PriceChanged,
-        InsufficientFunds,
-    )
-}
+# Before the same question is put again; each time up to twice as long, and never two alike.
+FIRST_DELAY_SECONDS_MAX = 0.1
+DELAY_SECONDS_MAX = 1.0
 
 # The transaction was not begun or was rolled back: PostgREST had no connection or no schema cache
 # (PGRST000, 002, 003), or Postgres gave up on a lock or on time, could not serialise, or only
@@ -53,54 +35,48 @@ UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0")
 logger = logging.getLogger(__name__)
 
 
-class Debited(Payment):
-    """The outcome of a debit that was done."""
-
-    model_config = ConfigDict(frozen=True)
-
-    outcome: Literal["debited"] = Field(exclude=True)
-
-
-class Declined(BaseModel):
-    """The outcome of a debit that the rules refused; no money moved."""
-
-    model_config = ConfigDict(frozen=True)
-
-    outcome: str
-    item_id: UUID | None
-    price: int | None = None
-
-
-OUTCOME: TypeAdapter[Debited | Declined] = TypeAdapter(Debited | Declined)
-
-
 class Ledger:
-    """Client of the database's functions."""
+    """Client of the database's functions. Deadlines are times of the event loop's clock."""
 
     def __init__(self, supabase: AsyncClient) -> None:
         self._supabase = supabase
+        self._calls = asyncio.Semaphore(CALLS_MAX)
         self.last_state = "not asked yet"
 
-    async def debit(self, debit: DebitRequest) -> Payment:
-        """Charge the user the item's price.
+    async def debit(self, debit: DebitRequest, key: str, deadline: float) -> Debited:
+        """Charge the user the item's price, once for each key of a user.
+
+        A call that was certainly not done is tried once more; one that may have been done is asked
+        again until the deadline. Both under the same key, so nobody is charged twice.
 
         Raises:
             PaymentError: a rule refused the debit, or the ledger failed; the class says which.
         """
-        answer = await self._call(
-            "debit_use",
-            {
-                "user_id_input": debit.user_id,
-                "item_input": str(debit.item_id),
-                "expected_price_input": debit.expected_price,
-            },
-        )
         try:
-            return self._read_outcome(answer, debit)
-        except ValueError as error:
-            self.last_state = OutcomeUnknown.code
-            logger.warning("debit_use: the answer is no outcome: %s", _first_line(error))
-            raise OutcomeUnknown from error
+            try:
+                outcome = await self._ask(debit, key, deadline)
+            except LedgerUnavailable:
+                await asyncio.sleep(_delay_seconds(1))
+                if _now() + CALL_TIMEOUT_SECONDS > deadline:
+                    raise
+                outcome = await self._ask(debit, key, deadline)
+        except OutcomeUnknown:
+            outcome = await self._settle(debit, key, deadline)
+        if isinstance(outcome, Debited):
+            return outcome
+        raise outcome.error()
+
+    async def find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
+        """Look up what was answered under a key; None if nothing is recorded.
+
+        Raises:
+            LedgerUnavailable: it could not be looked up.
+        """
+        arguments: dict[str, JSON] = {"user_id_input": user_id, "idempotency_key_input": key}
+        try:
+            return read_found(await self._call("find_payment", arguments, deadline))
+        except (PaymentError, ValueError) as error:
+            raise LedgerUnavailable from error
 
     async def check(self) -> None:
         """See whether debit_use can be called, with a debit that no user can be charged for.
@@ -108,30 +84,58 @@ class Ledger:
         Raises:
             PaymentError: it cannot.
         """
-        answer = await self._call("debit_use", {"user_id_input": None, "item_input": None})
+        nobody: dict[str, JSON] = {
+            "user_id_input": None,
+            "item_input": None,
+            "idempotency_key_input": None,
+            "expected_price_input": None,
+        }
+        answer = await self._call("debit_use", nobody, _now() + CALL_TIMEOUT_SECONDS)
         if not isinstance(answer, dict) or answer.get("outcome") != UserNotFound.code:
             self.last_state = LedgerRejected.code
             logger.error("debit_use: the answer is no outcome")
             raise LedgerRejected
 
-    @staticmethod
-    def _read_outcome(answer: JSON, debit: DebitRequest) -> Payment:
-        outcome = OUTCOME.validate_python(answer)
-        if outcome.item_id != debit.item_id:
-            raise ValueError("the outcome is about another item")
-        if isinstance(outcome, Debited):
-            if outcome.user_id != debit.user_id:
-                raise ValueError("the outcome is about another user")
-            return outcome
-        if outcome.outcome not in OUTCOME_ERRORS:
-            raise ValueError("the outcome is not known")
-        if outcome.price is None:
-            raise OUTCOME_ERRORS[outcome.outcome]
-        raise OUTCOME_ERRORS[outcome.outcome](price=outcome.price)
+    async def _settle(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
+        """Ask again until an answer comes; what may be done never becomes "not done"."""
+        for calls in itertools.count(1):
+            delay_seconds = _delay_seconds(calls)
+            if _now() + delay_seconds >= deadline:
+                break
+            await asyncio.sleep(delay_seconds)
+            try:
+                outcome = await self._ask(debit, key, deadline)
+            except (OutcomeUnknown, LedgerUnavailable):
+                continue
+            except LedgerRejected:
+                break
+            # Whatever is replayed now is this request's own answer, lost on its way.
+            return outcome.model_copy(update={"replayed": False})
+        raise OutcomeUnknown(idempotency_key=key)
 
-    async def _call(self, function: str, arguments: dict[str, JSON]) -> JSON:
+    async def _ask(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
+        arguments: dict[str, JSON] = {
+            "user_id_input": debit.user_id,
+            "item_input": str(debit.item_id),
+            "idempotency_key_input": key,
+            "expected_price_input": debit.expected_price,
+        }
+        answer = await self._call("debit_use", arguments, deadline)
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
+            return read_outcome(answer, debit)
+        except ValueError as error:
+            self.last_state = OutcomeUnknown.code
+            logger.warning("debit_use: the answer is no outcome: %s", _first_line(error))
+            raise OutcomeUnknown from error
+
+    async def _call(self, function: str, arguments: dict[str, JSON], deadline: float) -> JSON:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._calls.acquire()
+        except TimeoutError as error:
+            raise LedgerUnavailable from error  # it was never sent
+        try:
+            async with asyncio.timeout_at(min(deadline, _now() + CALL_TIMEOUT_SECONDS)):
                 response = await self._supabase.rpc(function, arguments).execute()
         except (APIError, httpx.HTTPError, TimeoutError, ValueError) as error:
             failure = classify_failure(error)
@@ -139,6 +143,8 @@ class Ledger:
             level = logging.ERROR if failure is LedgerRejected else logging.WARNING
             logger.log(level, "%s: %s: %s", function, failure.code, _describe(error))
             raise failure from error
+        finally:
+            self._calls.release()
         self.last_state = "ok"
         return response.data
 
@@ -157,6 +163,16 @@ def classify_failure(error: Exception) -> type[PaymentError]:
     if code.startswith(NOT_DONE_CODES):
         return LedgerUnavailable
     return LedgerRejected
+
+
+def _delay_seconds(calls: int) -> float:
+    """Wait longer after each call, and never two callers alike."""
+    most = min(FIRST_DELAY_SECONDS_MAX * 2 ** (calls - 1), DELAY_SECONDS_MAX)
+    return random.uniform(most / 2, most)  # noqa: S311 - it spreads callers, it guards nothing
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _describe(error: Exception) -> str:

@@ -7,15 +7,17 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from supabase import AsyncClient, AsyncClientOptions
 
+from app.debit import Debits
 from app.errors import PaymentError
-from app.ledger import CALL_TIMEOUT_SECONDS, Ledger
+from app.ledger import CALL_TIMEOUT_SECONDS, CALLS_MAX, Ledger
 from app.observability import RequestContext, configure_logging, pass_on_traceparent
-from app.problems import answer_http_exception, answer_payment_error
+from app.problems import answer_http_exception, answer_invalid_parameters, answer_payment_error
 from app.products import PRODUCTS_TIMEOUT_SECONDS, Products
 from app.readiness import Readiness
 from app.routes import Services, add_routes
@@ -23,7 +25,6 @@ from app.schemas import DebitRequest, Payment, Problem
 from app.settings import Settings, SettingsError, load_settings
 
 CONNECT_TIMEOUT_SECONDS = 1.0
-CONNECTIONS_MAX = 100
 CONNECTION_IDLE_SECONDS_MAX = 5.0
 
 DESCRIPTION = """
@@ -46,6 +47,7 @@ class PaymentService(FastAPI):
         self.settings = settings
         self.add_middleware(RequestContext)
         self.add_exception_handler(PaymentError, answer_payment_error)
+        self.add_exception_handler(RequestValidationError, answer_invalid_parameters)
         self.add_exception_handler(HTTPException, answer_http_exception)
         add_routes(self)
 
@@ -89,7 +91,14 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
                 httpx_client=ledger_client, auto_refresh_token=False, persist_session=False
             ),
         )
-        services = Services(Products(products_client), Ledger(supabase), Readiness())
+        products, ledger = Products(products_client), Ledger(supabase)
+        debits = Debits(
+            products,
+            ledger,
+            waiting_max=settings.debits_waiting_max,
+            timeout_seconds=settings.request_timeout_seconds,
+        )
+        services = Services(debits, products, ledger, Readiness())
         stack.enter_context(services.readiness.ended_by_sigterm())
         waiting = asyncio.create_task(services.readiness.await_ledger(services.ledger))
         stack.push_async_callback(_cancel, waiting)
@@ -103,8 +112,8 @@ def _http_client(timeout_seconds: float, base_url: str = "") -> httpx.AsyncClien
             timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS, pool=CONNECT_TIMEOUT_SECONDS
         ),
         limits=httpx.Limits(
-            max_connections=CONNECTIONS_MAX,
-            max_keepalive_connections=CONNECTIONS_MAX,
+            max_connections=CALLS_MAX,
+            max_keepalive_connections=CALLS_MAX,
             keepalive_expiry=CONNECTION_IDLE_SECONDS_MAX,
         ),
         event_hooks={"request": [pass_on_traceparent]},

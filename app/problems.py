@@ -4,6 +4,7 @@ import json
 import logging
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -15,13 +16,15 @@ from app.errors import (
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
+    OutcomeUnknown,
     PaymentError,
     PriceChanged,
 )
-from app.schemas import ProblemExplanation
+from app.schemas import EXAMPLE_KEY, ProblemExplanation
 
 MEDIA_TYPE = "application/problem+json"
 EXAMPLE_REQUEST_ID = "0b0e3f6c-9a55-4d2c-8f0e-4d0f8d0f6a11"
+REPLAYED = {"Idempotent-Replayed": "true"}
 ERRORS_MAX = 20
 POINTER_LENGTH_MAX = 100
 
@@ -33,7 +36,7 @@ def problem_response(error: PaymentError, request_id: str) -> Response:
         json.dumps(_body(error, request_id), ensure_ascii=False, separators=(",", ":")),
         status_code=error.status,
         media_type=MEDIA_TYPE,
-        headers=error.headers,
+        headers=dict(error.headers) | (REPLAYED if error.replayed else {}),
     )
 
 
@@ -43,6 +46,16 @@ async def answer_payment_error(request: Request, error: Exception) -> Response:
     if error.status >= 500:
         logger.warning("request %s: %s", request_id, error.code)
     return problem_response(error, request_id)
+
+
+async def answer_invalid_parameters(request: Request, error: Exception) -> Response:
+    """Answer a query or path that fails validation."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class alone
+    faults = [
+        {"parameter": str(fault["loc"][-1]), "detail": fault["msg"]} for fault in error.errors()
+    ]
+    problem = InvalidRequest("A parameter is not as documented", errors=faults[:ERRORS_MAX])
+    return problem_response(problem, request.state.request_id)
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:
@@ -124,6 +137,8 @@ def _body(error: PaymentError, request_id: str) -> dict[str, object]:
 def _example(problem: type[PaymentError]) -> PaymentError:
     if problem is PriceChanged:
         return problem(price=400)
+    if problem is OutcomeUnknown:
+        return problem(idempotency_key=EXAMPLE_KEY)
     if problem is InvalidRequest:
         fault = {"pointer": "#/user_id", "detail": "Field required"}
         return problem("The body is not as documented", errors=[fault])

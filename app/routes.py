@@ -1,44 +1,89 @@
 """The HTTP surface: what is read from a request, and what is answered."""
 
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Query
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from app import errors
-from app.debit import debit_user_for_item
+from app.debit import Debits
 from app.ledger import Ledger
-from app.problems import documented, explain, invalid_body, invalid_header
+from app.outcomes import Debited
+from app.problems import REPLAYED, documented, explain, invalid_body, invalid_header
 from app.products import Products
 from app.readiness import Readiness
-from app.schemas import DebitRequest, Health, Payment, ProblemExplanation
+from app.schemas import (
+    KEY_PATTERN,
+    DebitRequest,
+    DeclinedPayment,
+    Health,
+    IdempotencyKey,
+    Payment,
+    ProblemExplanation,
+    UserId,
+)
 from app.schemas import Readiness as ReadinessBody
 
 BODY_BYTES_MAX = 16 * 1024
+
+KEY_HEADER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "1 to 255 visible ASCII characters, bare or in double quotes; one for each "
+    "debit, kept for its retries. Without it a retry after a lost answer may charge again.",
+    "schema": {"type": "string", "pattern": KEY_PATTERN},
+}
+REPLAYED_HEADER = {
+    "description": "true when this is the answer of an earlier request with the same key.",
+    "schema": {"type": "string", "enum": ["true"]},
+}
 
 
 @dataclass(frozen=True)
 class Services:
     """What the routes work with; the lifespan makes it and closes it."""
 
+    debits: Debits
     products: Products
     ledger: Ledger
     readiness: Readiness
 
 
 async def post_debit(request: Request) -> Response:
-    """Charge the user the item's price, once.
+    """Charge the user the item's price, once for each `Idempotency-Key`.
 
-    The item must be for sale by the products service and by the ledger. The price charged is the
-    ledger's at that moment; `expected_price` makes the debit fail rather than charge another.
+    Send the same key again after a lost answer: the user is not charged twice, and the first
+    answer comes again. The item must be for sale by the products service and by the ledger. The
+    price charged is the ledger's at that moment; `expected_price` makes the debit fail rather than
+    charge another.
     """
     debit = await _read_debit(request)
+    key = _read_key(request)
     services: Services = request.state.services
-    payment = await debit_user_for_item(debit, services.products, services.ledger)
-    return _json(payment)
+    payment = await services.debits.debit_user_for_item(debit, key)
+    return _json(payment, headers=REPLAYED if payment.replayed else None)
+
+
+async def get_outcome(
+    request: Request,
+    user_id: Annotated[UserId, Query()],
+    idempotency_key: Annotated[IdempotencyKey, Query()],
+) -> Response:
+    """Was this user charged? For a caller who has lost the answer; reads only.
+
+    Answers what the debit under this key answered: the payment, or the code of its decline.
+    """
+    services: Services = request.state.services
+    outcome = await services.debits.find_outcome(user_id, idempotency_key)
+    if outcome is None:
+        raise errors.PaymentNotFound
+    return _json(
+        outcome if isinstance(outcome, Debited) else DeclinedPayment(outcome=outcome.outcome)
+    )
 
 
 async def get_health() -> Health:
@@ -83,14 +128,18 @@ def add_routes(app: FastAPI) -> None:
         response_description="The user was charged.",
         response_model=None,
         responses={
-            200: {"content": {"application/json": _documented(Payment)}},
+            200: {
+                "content": {"application/json": _documented(Payment)},
+                "headers": {"Idempotent-Replayed": REPLAYED_HEADER},
+            },
             **documented(
                 errors.InvalidRequest,
-                errors.RequestTooLarge,
+                *(errors.IdempotencyKeyReused, errors.RequestTooLarge),
                 *(errors.UserNotFound, errors.UserInactive),
                 *(errors.ItemNotFound, errors.ItemInactive),
                 *(errors.PriceChanged, errors.InsufficientFunds),
                 *(errors.ProductsUnavailable, errors.LedgerUnavailable),
+                errors.Overloaded,
                 *(errors.OutcomeUnknown, errors.LedgerRejected, errors.InternalError),
             ),
         },
@@ -98,7 +147,22 @@ def add_routes(app: FastAPI) -> None:
             "requestBody": {
                 "required": True,
                 "content": {"application/json": _documented(DebitRequest)},
-            }
+            },
+            "parameters": [KEY_HEADER],
+        },
+    )
+    app.add_api_route(
+        "/payments/outcome",
+        get_outcome,
+        summary="Ask what became of a debit",
+        response_description="The user was charged, or the debit was declined.",
+        response_model=None,
+        responses={
+            200: {"model": Payment | DeclinedPayment},
+            **documented(
+                errors.InvalidRequest,
+                *(errors.PaymentNotFound, errors.LedgerUnavailable, errors.InternalError),
+            ),
         },
     )
     app.add_api_route("/health", get_health, summary="Liveness")
@@ -135,9 +199,25 @@ async def _read_debit(request: Request) -> DebitRequest:
         raise invalid_body(error) from None
 
 
-def _json(answer: Payment | ReadinessBody, status_code: int = 200) -> Response:
+def _read_key(request: Request) -> str | None:
+    keys = request.headers.getlist("idempotency-key")
+    if not keys:
+        return None
+    if len(keys) > 1 or not re.fullmatch(KEY_PATTERN, keys[0]):
+        raise invalid_header(
+            "Idempotency-Key", 'Should be one key of 1 to 255 visible ASCII characters without "'
+        )
+    return keys[0].strip('"')
+
+
+def _json(
+    answer: BaseModel, status_code: int = 200, headers: dict[str, str] | None = None
+) -> Response:
     return Response(
-        answer.model_dump_json(), status_code=status_code, media_type="application/json"
+        answer.model_dump_json(),
+        status_code=status_code,
+        headers=headers,
+        media_type="application/json",
     )
 
 

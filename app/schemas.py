@@ -19,6 +19,10 @@ from pydantic_core import PydanticCustomError
 
 BIGINT_MAX = 2**63 - 1
 EXAMPLE_ITEM = "550e8400-e29b-41d4-a716-446655440000"
+EXAMPLE_KEY = "5a1bd1d2-6c53-4c0a-9c07-0c5d1c1a7f11"
+
+# https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/ puts it in quotes.
+KEY_PATTERN = r'^("[!#-~]{1,255}"|[!#-~]{1,255})$'
 
 
 def _whole_number(value: Any) -> Any:
@@ -49,6 +53,13 @@ UserId = Annotated[
         },
         mode="validation",
     ),
+]
+
+
+IdempotencyKey = Annotated[
+    str,
+    Field(pattern=KEY_PATTERN, examples=[EXAMPLE_KEY]),
+    AfterValidator(lambda key: key.strip('"')),
 ]
 
 
@@ -101,6 +112,12 @@ class Payment(BaseModel):
     )
 
 
+class DeclinedPayment(BaseModel):
+    """A debit that was declined, and stays declined under its key."""
+
+    outcome: str = Field(description="The problem's code.", examples=["insufficient_funds"])
+
+
 class FieldFault(BaseModel):
     """One fault in a request: where it is, and what is wrong there."""
 
@@ -121,6 +138,9 @@ class Problem(BaseModel):
     request_id: str = Field(description="The request's id, as in the logs and in X-Request-ID.")
     errors: list[FieldFault] | None = Field(None, description="With invalid_request: the faults.")
     price: int | None = Field(None, description="With price_changed: the price now.")
+    idempotency_key: str | None = Field(
+        None, description="With outcome_unknown: the key to ask again with."
+    )
 
 
 class ProblemExplanation(BaseModel):

@@ -54,6 +54,12 @@ class Settings(BaseSettings):
         description="Its key for the role service_role; keep it secret."
     )
     products_service_url: ServiceAddress = Field(description="Address of the products service.")
+    debits_waiting_max: int = Field(
+        1000, ge=1, le=100_000, description="More debits than this at a time are refused."
+    )
+    request_timeout_seconds: float = Field(
+        8.0, ge=1, le=15, description="After this long a debit is answered, settled or not."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="How much is logged."
     )

@@ -142,7 +142,9 @@ def test_a_fault_of_the_gateway_is_told_as_what_it_is(
         RawServer(answer) as gateway,
         RawServer(item_answer(UUID(int=7), '"price": 350, "active": true')) as products,
     ):
-        service = start_service(supabase_url=gateway.url, products_service_url=products.url)
+        service = start_service(
+            supabase_url=gateway.url, products_service_url=products.url, request_timeout_seconds=1
+        )
         assert debit(service, 1, UUID(int=7)) == told
         ready = service.get("/ready")
     assert ready.status_code == 503
@@ -160,7 +162,7 @@ def test_a_gateway_that_goes_silent_leaves_the_outcome_unknown(
 ) -> None:
     item_id = database.add_item()
     with RawServer(None, holds=True) as gateway:
-        service = start_service(supabase_url=gateway.url)
+        service = start_service(supabase_url=gateway.url, request_timeout_seconds=1)
         assert debit(service, 1, item_id) == OUTCOME_UNKNOWN
 
 

@@ -1,0 +1,103 @@
+"""What the database functions answer: the outcome of a debit, done or declined."""
+
+from typing import Literal
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+
+from app.errors import (
+    IdempotencyKeyReused,
+    InsufficientFunds,
+    ItemInactive,
+    ItemNotFound,
+    PaymentError,
+    PriceChanged,
+    UserInactive,
+    UserNotFound,
+)
+from app.schemas import DebitRequest, Payment
+
+OUTCOME_ERRORS: dict[str, type[PaymentError]] = {
+    error.code: error
+    for error in (
+        UserNotFound,
+        IdempotencyKeyReused,
+        UserInactive,
+        ItemNotFound,
+        ItemInactive,
+        PriceChanged,
+        InsufficientFunds,
+    )
+}
+
+
+class Debited(Payment):
+    """The user was charged; what callers do not see of it is left out of the answer."""
+
+    model_config = ConfigDict(frozen=True)
+
+    outcome: Literal["debited"] = Field(exclude=True)
+    expected_price: int | None = Field(exclude=True)
+    replayed: bool = Field(exclude=True)
+
+    def is_about(self, debit: DebitRequest) -> bool:
+        return (self.user_id, self.item_id, self.expected_price) == (
+            *(debit.user_id, debit.item_id),
+            debit.expected_price,
+        )
+
+
+class Declined(BaseModel):
+    """The rules refused the debit; no money moved."""
+
+    model_config = ConfigDict(frozen=True)
+
+    outcome: str
+    item_id: UUID | None
+    expected_price: int | None
+    replayed: bool
+    price: int | None = None
+
+    @field_validator("outcome")
+    @classmethod
+    def _is_known(cls, outcome: str) -> str:
+        if outcome not in OUTCOME_ERRORS:
+            raise ValueError("no such outcome")
+        return outcome
+
+    def is_about(self, debit: DebitRequest) -> bool:
+        return (self.item_id, self.expected_price) == (debit.item_id, debit.expected_price)
+
+    def error(self) -> PaymentError:
+        """Make the problem that the caller gets, the same one at every replay."""
+        error = OUTCOME_ERRORS[self.outcome]()
+        if self.price is not None:
+            error.members["price"] = self.price
+        error.replayed = self.replayed
+        return error
+
+
+Outcome = Debited | Declined
+_OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
+_OUTCOME_OR_NONE: TypeAdapter[Outcome | None] = TypeAdapter(Outcome | None)
+
+
+def read_outcome(answer: object, debit: DebitRequest) -> Outcome:
+    """Read what debit_use answered.
+
+    Raises:
+        ValueError: it is no outcome, or that of another debit.
+    """
+    outcome = _OUTCOME.validate_python(answer)
+    if not outcome.is_about(debit):
+        raise ValueError("the outcome is about another debit")
+    return outcome
+
+
+def read_found(answer: object) -> Outcome | None:
+    """Read what find_payment answered.
+
+    Raises:
+        ValueError: it is neither an outcome nor null.
+    """
+    return _OUTCOME_OR_NONE.validate_python(answer)
