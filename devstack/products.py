@@ -4,32 +4,41 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from uuid import UUID
 
-from psycopg.rows import dict_row
-from psycopg_pool import AsyncConnectionPool
+from psycopg import Error
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-ITEM_SQL = 'select id::text, name, price, barcode_id, active from public."Items" where id = %s'
+from devstack.connections import Connections
+from devstack.gateway_errors import GatewayError
+
+ITEM_SQL = """
+select jsonb_build_object(
+  'id', id, 'name', name, 'price', price, 'barcode_id', barcode_id, 'active', active
+)
+from public."Items" where id = %s
+"""
 
 
-async def get_item(request: Request) -> JSONResponse:
-    item_id: UUID = request.path_params["item_id"]
-    async with request.app.state.pool.connection() as connection:
-        cursor = connection.cursor(row_factory=dict_row)
-        item = await (await cursor.execute(ITEM_SQL, (item_id,))).fetchone()
-    if item is None:
-        return JSONResponse({"detail": "Item not found"}, status_code=404)
-    return JSONResponse(item)
+def create_products(database_url: str, pool_size: int = 4) -> Starlette:
+    connections = Connections(database_url, pool_size)
 
+    async def get_item(request: Request) -> JSONResponse:
+        item_id: UUID = request.path_params["item_id"]
+        try:
+            async with connections.transaction() as connection:
+                row = await (await connection.execute(ITEM_SQL, (item_id,))).fetchone()
+        except (GatewayError, Error):
+            return JSONResponse({"detail": "The database is down"}, status_code=503)
+        if row is None:
+            return JSONResponse({"detail": "Item not found"}, status_code=404)
+        return JSONResponse(row[0])
 
-def create_products(database_url: str) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async with AsyncConnectionPool(
-            database_url, min_size=1, max_size=4, kwargs={"autocommit": True}, open=False
-        ) as app.state.pool:
-            yield
+        del app
+        yield
+        await connections.close()
 
     return Starlette(routes=[Route("/items/{item_id:uuid}", get_item)], lifespan=lifespan)

@@ -44,3 +44,14 @@ class Database:
             (user_id,),
         )
         return [row[0] for row in rows]
+
+    def audit(self) -> list[tuple[int, str]]:
+        return self.connection.execute("select * from public.audit_ledger()").fetchall()
+
+    def keys_of_debits(self, users: list[int]) -> list[str]:
+        rows = self.connection.execute(
+            'select idempotency_key from public."Transaction_History" '
+            "where user_id = any(%s) and kind = 'debit'",
+            (users,),
+        )
+        return [row[0] for row in rows]

@@ -1,12 +1,17 @@
 """Real servers on loopback for tests: applications, and dependencies that misbehave."""
 
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Self
 
+import httpx
 import uvicorn
 from starlette.types import ASGIApp
 
@@ -37,6 +42,40 @@ def served(app: ASGIApp) -> Iterator[str]:
         thread.join(START_TIMEOUT_SECONDS)
 
 
+@contextmanager
+def service_process(
+    supabase_url: str, products_service_url: str, **settings: str
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Run the payment service as operators do, as a process; yields it, ready, and its address."""
+    port = free_port()
+    environment = {
+        "SUPABASE_URL": supabase_url,
+        "SUPABASE_SERVICE_ROLE_KEY": SERVICE_ROLE_KEY,
+        "PRODUCTS_SERVICE_URL": products_service_url,
+        **settings,
+    }
+    command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port)]
+    with subprocess.Popen(
+        [*command, "--timeout-graceful-shutdown", "20"], env=os.environ | environment
+    ) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+            await_ready(url)
+            yield process, url
+        finally:
+            process.kill()
+
+
+def await_ready(url: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/ready").status_code == 200:
+                return
+        time.sleep(0.02)
+    raise RuntimeError("the service did not become ready")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,46 +83,57 @@ def free_port() -> int:
         return port
 
 
-class RawServer:
+class SocketServer:
+    """A server whose `converse` is given each connection with its first request, in a thread."""
+
+    def __init__(self, converse: Callable[[socket.socket, bytes], None]) -> None:
+        self._converse = converse
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.ended = threading.Event()
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._accepting = threading.Thread(target=self._accept)
+        self._accepting.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self._accepting.join()
+
+    def _accept(self) -> None:
+        while not self.ended.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed by the test
+            threading.Thread(target=self._serve, args=(connection,)).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, suppress(ConnectionError):  # the other side may leave at any time
+            self._converse(connection, _read_request(connection))
+
+
+class RawServer(SocketServer):
     """A server that reads each request and then sends exactly the bytes it was given.
 
     `answer` None sends nothing; `holds` keeps the connection open afterwards instead of closing it.
     """
 
     def __init__(self, answer: bytes | None, *, holds: bool = False) -> None:
+        super().__init__(self._answer)
         self.requests: list[bytes] = []
-        self._answer = answer
+        self._bytes = answer
         self._holds = holds
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._ended = threading.Event()
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
-    def __enter__(self) -> "RawServer":
-        self._accepting = threading.Thread(target=self._accept)
-        self._accepting.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self._accepting.join()
-
-    def _accept(self) -> None:
-        while not self._ended.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed by the test
-            threading.Thread(target=self._answer_one, args=(connection,)).start()
-
-    def _answer_one(self, connection: socket.socket) -> None:
-        with connection:
-            self.requests.append(_read_request(connection))
-            if self._answer is not None:
-                connection.sendall(self._answer)
-            if self._holds:
-                self._ended.wait()
+    def _answer(self, connection: socket.socket, request: bytes) -> None:
+        self.requests.append(request)
+        if self._bytes is not None:
+            connection.sendall(self._bytes)
+        if self._holds:
+            self.ended.wait()
 
 
 def _read_request(connection: socket.socket) -> bytes:

@@ -1,0 +1,182 @@
+"""Every fault on the way to the ledger, once or always: what the caller is told is true."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
+
+import httpx
+import psycopg
+import pytest
+from database import Database
+from faulty_gateway import FAULTS, FaultyGateway
+from servers import SocketServer, free_port, http_answer
+
+from devstack.postgres import database_url
+
+Start = Callable[..., httpx.Client]
+
+# What the faults that were not passed on, or that say so, allow the caller to be told.
+NOT_DONE = {"database unreachable", "pool exhausted", "statement timeout"}
+
+
+@dataclass
+class Faults:
+    """The faults of the calls to come; set by the test, read by the gateway's threads."""
+
+    coming: Iterator[str | None]
+
+    def __call__(self) -> str | None:
+        return next(self.coming)
+
+
+def post_debit(service: httpx.Client, body: dict[str, object], key: str | None) -> httpx.Response:
+    headers = {"Idempotency-Key": key} if key else {}
+    return service.post("/payments/debit", json=body, headers=headers)
+
+
+def assert_told_the_truth(
+    database: Database, service: httpx.Client, body: dict[str, object], answer: httpx.Response
+) -> None:
+    """Compare an answer with the ledger; an unknown outcome is asked again first."""
+    user_id = int(str(body["user_id"]))
+    if answer.status_code == 504:
+        key = answer.json()["idempotency_key"]
+        query = {"user_id": user_id, "idempotency_key": key}
+        asked = service.get("/payments/outcome", params=query)
+        assert (asked.status_code == 200) == (len(database.debits(user_id)) == 1)
+        answer = post_debit(service, body, key)
+        assert answer.status_code == 200
+        assert post_debit(service, body, key).json() == answer.json()
+    debits = database.debits(user_id)
+    assert debits == ([350] if answer.status_code == 200 else [])
+    assert database.balance(user_id) == 5000 - sum(debits)
+    assert database.audit() == []
+
+
+@pytest.mark.parametrize("key", ["key-of-the-caller", None], ids=["with key", "without"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_once_is_survived(
+    gateway_url: str, start_service: Start, database: Database, fault: str, key: str | None
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
+    faults = Faults(repeat(None))
+    with FaultyGateway(gateway_url, faults) as gateway:
+        service = start_service(supabase_url=gateway.url)
+        while service.get("/ready").status_code != 200:
+            pass
+        faults.coming = chain([fault], repeat(None))
+
+        answer = post_debit(service, body, key)
+
+        assert answer.status_code == 200
+        assert "idempotent-replayed" not in answer.headers
+        assert_told_the_truth(database, service, body, answer)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_stays_is_told_truly(
+    gateway_url: str, start_service: Start, database: Database, fault: str
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
+    faults = Faults(repeat(None))
+    with FaultyGateway(gateway_url, faults) as gateway:
+        service = start_service(supabase_url=gateway.url, request_timeout_seconds=2)
+        while service.get("/ready").status_code != 200:
+            pass
+        faults.coming = repeat(fault)
+        answer = post_debit(service, body, None)
+        faults.coming = repeat(None)
+
+        told = "ledger_unavailable" if fault in NOT_DONE else "outcome_unknown"
+        assert answer.json()["code"] == told
+        assert ("retry-after" in answer.headers) == (told == "ledger_unavailable")
+        assert_told_the_truth(database, service, body, answer)
+
+
+@pytest.mark.parametrize("later", sorted(NOT_DONE))
+def test_unknown_stays_unknown_when_later_calls_are_certainly_not_done(
+    gateway_url: str, start_service: Start, database: Database, later: str
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
+    faults = Faults(repeat(None))
+    with FaultyGateway(gateway_url, faults) as gateway:
+        service = start_service(supabase_url=gateway.url, request_timeout_seconds=1)
+        while service.get("/ready").status_code != 200:
+            pass
+        faults.coming = chain(["closed instead of the answer"], repeat(later))
+        answer = post_debit(service, body, "key")
+        faults.coming = repeat(None)
+
+        assert answer.json()["code"] == "outcome_unknown"
+        assert answer.json()["idempotency_key"] == "key"
+        assert database.debits(user_id) == [350]
+        assert_told_the_truth(database, service, body, answer)
+
+
+def test_a_gateway_that_refuses_connections_has_not_charged(
+    start_service: Start, database: Database
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
+    service = start_service(supabase_url=f"http://127.0.0.1:{free_port()}")
+    answer = post_debit(service, body, "key")
+    assert answer.json()["code"] == "ledger_unavailable"
+    assert database.debits(user_id) == []
+
+
+def test_a_row_that_stays_locked_is_not_charged(
+    service: httpx.Client, database: Database, migrated_port: int
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
+    with psycopg.connect(database_url(migrated_port)) as somebody:
+        somebody.execute('select from public."Users" where card_id = %s for update', (user_id,))
+        answer = post_debit(service, body, "key")
+        somebody.rollback()
+    assert answer.json()["code"] == "ledger_unavailable"
+    assert_told_the_truth(database, service, body, answer)
+
+
+def test_a_row_that_is_locked_for_a_while_is_waited_for(
+    service: httpx.Client, database: Database, migrated_port: int
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
+    with psycopg.connect(database_url(migrated_port)) as somebody:
+        somebody.execute('select from public."Users" where card_id = %s for update', (user_id,))
+        released = threading.Timer(2.5, somebody.rollback)  # after the first lock timeout of 2 s
+        released.start()
+        answer = post_debit(service, body, "key")
+        released.join()
+    assert answer.status_code == 200
+    assert_told_the_truth(database, service, body, answer)
+
+
+PRODUCTS_FAULTS = {
+    "closed": b"",
+    "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
+    "bad body": http_answer("200 OK", b'{"price": -1}'),
+    "error": http_answer("500 Internal Server Error", b"{}"),
+}
+
+
+@pytest.mark.parametrize("fault", PRODUCTS_FAULTS)
+def test_a_fault_of_the_products_service_once_charges_at_the_retry_only(
+    start_service: Start, database: Database, fault: str
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
+    item = http_answer("200 OK", f'{{"id": "{item_id}", "price": 350, "active": true}}'.encode())
+    answers = iter([PRODUCTS_FAULTS[fault], item])
+    with SocketServer(lambda connection, _: connection.sendall(next(answers))) as products:
+        service = start_service(products_service_url=products.url)
+        refused = post_debit(service, body, "key")
+        assert refused.json()["code"] == "products_unavailable"
+        assert database.debits(user_id) == []
+        answer = post_debit(service, body, "key")
+    assert answer.status_code == 200
+    assert_told_the_truth(database, service, body, answer)

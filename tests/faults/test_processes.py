@@ -1,0 +1,258 @@
+"""Processes are stopped, killed and overrun: the books stay right and answers true."""
+
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID
+
+import httpx
+import psycopg
+import pytest
+from database import Database
+from servers import free_port, make_settings, served, service_process
+
+from app.main import PaymentService
+from app.settings import Settings
+from devstack.gateway import create_gateway
+from devstack.keys import JWT_SECRET
+from devstack.postgres import (
+    PostgresFailed,
+    apply_migrations,
+    database_url,
+    start_postgres,
+    stop_postgres,
+)
+from devstack.products import create_products
+
+Start = Callable[..., httpx.Client]
+
+
+def post_debit(url: str, user_id: int, item_id: UUID, key: str) -> httpx.Response:
+    return httpx.post(
+        f"{url}/payments/debit",
+        json={"user_id": user_id, "item_id": str(item_id)},
+        headers={"Idempotency-Key": key},
+        timeout=30,
+    )
+
+
+@contextmanager
+def locked(port: int, user_id: int) -> Iterator[psycopg.Connection]:
+    """Hold a user's row, so that a debit gets as far as the database and waits there."""
+    with psycopg.connect(database_url(port)) as somebody:
+        somebody.execute('select from public."Users" where card_id = %s for update', (user_id,))
+        yield somebody
+
+
+def await_waiting(database: Database, debits: int) -> None:
+    count = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
+    deadline = time.monotonic() + 1.5  # before the waiting ones give up
+    while database.connection.execute(count).fetchone() != (debits,):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("signals", [1, 2], ids=["SIGTERM", "SIGTERM twice"])
+def test_sigterm_lets_debits_under_way_finish_and_be_answered(
+    gateway_url: str, products_url: str, migrated_port: int, database: Database, signals: int
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    with (
+        service_process(gateway_url, products_url) as (process, url),
+        ThreadPoolExecutor() as clients,
+    ):
+        with locked(migrated_port, user_id):
+            answers = [
+                clients.submit(post_debit, url, user_id, item_id, key) for key in ("one", "two")
+            ]
+            await_waiting(database, 2)
+            for _ in range(signals):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(f"{url}/health")
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+        assert process.wait(20) in (0, 143, -signal.SIGTERM)
+    assert database.debits(user_id) == [350, 350]
+    assert database.audit() == []
+
+
+def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(
+    gateway_url: str, products_url: str, migrated_port: int, database: Database
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    with ThreadPoolExecutor() as clients:
+        with (
+            locked(migrated_port, user_id),
+            service_process(gateway_url, products_url) as (process, url),
+        ):
+            lost = clients.submit(post_debit, url, user_id, item_id, "key")
+            await_waiting(database, 1)
+            process.kill()
+            with pytest.raises(httpx.TransportError):
+                lost.result()
+        with service_process(gateway_url, products_url) as (_, url):
+            answers = [post_debit(url, user_id, item_id, "key") for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json() == answers[1].json()
+    assert database.debits(user_id) == [350]
+    assert database.audit() == []
+
+
+def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
+    gateway_url: str, products_url: str, migrated_port: int, database: Database
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
+    with served(PaymentService(settings)) as url:
+        port = int(url.rsplit(":", 1)[1])
+        with (
+            locked(migrated_port, user_id),
+            socket.create_connection(("127.0.0.1", port)) as caller,
+        ):
+            body = f'{{"user_id": {user_id}, "item_id": "{item_id}"}}'
+            caller.sendall(
+                f"POST /payments/debit HTTP/1.1\r\nHost: x\r\nIdempotency-Key: key\r\n"
+                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                f"{body}".encode()
+            )
+            await_waiting(database, 1)
+        query = {"user_id": str(user_id), "idempotency_key": "key"}
+        asked = httpx.get(f"{url}/payments/outcome", params=query)
+        while asked.status_code == 404:
+            asked = httpx.get(f"{url}/payments/outcome", params=query)
+        again = post_debit(url, user_id, item_id, "key")
+    assert asked.json() == again.json()
+    assert again.headers["idempotent-replayed"] == "true"
+    assert database.debits(user_id) == [350]
+
+
+def test_more_debits_than_may_wait_are_refused_at_once(
+    start_service: Start, migrated_port: int, database: Database
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(350)
+    service = start_service(debits_waiting_max=3)
+    url = str(service.base_url).rstrip("/")
+    with ThreadPoolExecutor() as clients:
+        with locked(migrated_port, user_id):
+            waiting = [
+                clients.submit(post_debit, url, user_id, item_id, f"key-{n}") for n in range(3)
+            ]
+            await_waiting(database, 3)
+            started = time.monotonic()
+            refused = post_debit(url, user_id, item_id, "key-3")
+            took_seconds = time.monotonic() - started
+        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
+        assert refused.headers["retry-after"] == "1"
+        assert took_seconds < 0.5
+        assert [answer.result().status_code for answer in waiting] == [200] * 3
+    assert post_debit(url, user_id, item_id, "key-3").status_code == 200
+    assert database.debits(user_id) == [350] * 4
+
+
+def test_an_exhausted_pool_of_the_gateway_loses_nothing(
+    migrated_port: int, products_url: str, database: Database
+) -> None:
+    users, item_id = [database.add_user(5000) for _ in range(12)], database.add_item(350)
+    gateway = create_gateway(
+        database_url(migrated_port, role="authenticator"), JWT_SECRET, pool_size=1
+    )
+    with served(gateway) as gateway_url, ThreadPoolExecutor(12) as clients:
+        settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
+        with served(PaymentService(settings)) as url:
+            with locked(migrated_port, users[0]):
+                answers = [
+                    clients.submit(post_debit, url, user_id, item_id, "key") for user_id in users
+                ]
+                await_waiting(database, 1)
+                answers[0].result()
+            for user_id, answer in zip(users, answers, strict=True):
+                assert_told_the_truth(database, url, user_id, item_id, answer)
+
+
+def assert_told_the_truth(
+    database: Database, url: str, user_id: int, item_id: UUID, answer: Future[httpx.Response]
+) -> None:
+    response = answer.result()
+    if response.status_code == 504:
+        response = post_debit(url, user_id, item_id, "key")
+    assert response.status_code in (200, 503)
+    assert database.debits(user_id) == ([350] if response.status_code == 200 else [])
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[tuple[Path, int]]:
+    """A server that the test may kill, with the migrations applied."""
+    with tempfile.TemporaryDirectory(prefix="payment-service-killed-") as folder:
+        directory, port = Path(folder) / "postgres", free_port()
+        start_postgres(directory, port)
+        apply_migrations(database_url(port))
+        yield directory, port
+        stop_postgres(directory)
+
+
+def restart(directory: Path, port: int) -> None:
+    stop_postgres(directory)
+    start_postgres(directory, port)
+
+
+def kill_and_start(directory: Path, port: int) -> None:
+    os.kill(int((directory / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+    for _ in range(50):
+        with contextlib.suppress(PostgresFailed):
+            start_postgres(directory, port)
+            return
+        time.sleep(0.1)  # its orphans still hold the shared memory
+    raise AssertionError("the server did not start again")
+
+
+@pytest.mark.parametrize("fault", [restart, kill_and_start], ids=["restarted", "killed"])
+def test_debits_while_postgres_goes_down_and_comes_back_are_told_truly(
+    own_postgres: tuple[Path, int], fault: Callable[[Path, int], None]
+) -> None:
+    directory, port = own_postgres
+    with psycopg.connect(database_url(port), autocommit=True) as connection:
+        database = Database(connection)
+        users, item_id = [database.add_user(50_000) for _ in range(8)], database.add_item(350)
+    gateway = create_gateway(database_url(port, role="authenticator"), JWT_SECRET)
+    with (
+        served(gateway) as gateway_url,
+        served(create_products(database_url(port))) as products_url,
+        served(PaymentService(settings_of(gateway_url, products_url))) as url,
+        ThreadPoolExecutor(8) as clients,
+    ):
+        answers = [
+            clients.submit(post_debit, url, users[n % 8], item_id, f"key-{n}") for n in range(200)
+        ]
+        while sum(answer.done() for answer in answers) < 40:
+            time.sleep(0.005)
+        fault(directory, port)
+        told = {f"key-{n}": answer.result() for n, answer in enumerate(answers)}
+        with psycopg.connect(database_url(port), autocommit=True) as connection:
+            assert_books_match(Database(connection), url, users, item_id, told)
+
+
+def settings_of(gateway_url: str, products_url: str) -> Settings:
+    return make_settings(supabase_url=gateway_url, products_service_url=products_url)
+
+
+def assert_books_match(
+    database: Database, url: str, users: list[int], item_id: UUID, told: dict[str, httpx.Response]
+) -> None:
+    entries = database.keys_of_debits(users)
+    assert len(entries) == len(set(entries))
+    for number, (key, answer) in enumerate(told.items()):
+        assert answer.status_code in (200, 503, 504), answer.text
+        if answer.status_code == 504:
+            settled = post_debit(url, users[number % 8], item_id, key)
+            assert settled.status_code == 200
+            continue
+        assert (key in entries) == (answer.status_code == 200), answer.text
+    assert database.audit() == []
