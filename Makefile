@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint types check clean
+.PHONY: help run test torture audit lint types check clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-7s %s\n", $$1, $$2}'
@@ -15,6 +15,12 @@ run: $(INSTALLED) ## Start the service and all it needs on this machine; Ctrl-C 
 
 test: $(INSTALLED) ## Run all tests with the coverage of app
 	$(BIN)/python -m pytest tests/ --cov=app --cov-report=html --cov-report=term-missing
+
+torture: $(INSTALLED) ## Ten minutes of load with faults; ARGS="--minutes 1 --seed 7"
+	@PYTHONPATH=.:tests $(BIN)/python tests/torture.py $(ARGS)
+
+audit: $(INSTALLED) ## See whether a ledger adds up; DATABASE_URL names another than the dev stack's
+	@$(BIN)/python -m devstack.audit $(DATABASE_URL)
 
 lint: $(INSTALLED) ## Check style: Python and SQL
 	$(BIN)/ruff check .

@@ -40,11 +40,12 @@ with candidates as (
       where setting like 'statement_timeout=%%'
     ) as statement_timeout
   from pg_proc
-  where pronamespace = to_regnamespace(%(schema)s) and proname = %(function)s
+  where pronamespace = (select oid from pg_namespace where nspname = %(schema)s)
+    and proname = %(function)s
 )
 select
   (select coalesce(json_agg(candidates), '[]') from candidates),
-  set_config('search_path', %(schema)s, true),
+  set_config('search_path', %(search_path)s, true),
   set_config('request.method', 'POST', true),
   set_config('request.path', %(path)s, true),
   set_config('request.headers', %(headers)s, true),
@@ -106,6 +107,7 @@ async def _call(
     role = str(claims["role"])
     settings = {
         "schema": schema,
+        "search_path": f'{sql.Identifier(schema).as_string()}, "public"',
         "function": name,
         "path": f"/rpc/{name}",
         "headers": json.dumps(dict(request.headers)),

@@ -44,10 +44,13 @@ def served(app: ASGIApp) -> Iterator[str]:
 
 @contextmanager
 def service_process(
-    supabase_url: str, products_service_url: str, **settings: str
+    supabase_url: str, products_service_url: str, *, port: int = 0, **settings: str
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run the payment service as operators do, as a process; yields it, ready, and its address."""
-    port = free_port()
+    """Run the payment service as operators do, as a process; yields it, ready, and its address.
+
+    At the end of the block it is killed, if it has not ended before.
+    """
+    port = port or free_port()
     environment = {
         "SUPABASE_URL": supabase_url,
         "SUPABASE_SERVICE_ROLE_KEY": SERVICE_ROLE_KEY,
@@ -55,6 +58,7 @@ def service_process(
         **settings,
     }
     command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port)]
+    command += ["--log-level", "warning", "--no-access-log"]
     with subprocess.Popen(
         [*command, "--timeout-graceful-shutdown", "20"], env=os.environ | environment
     ) as process:

@@ -1,0 +1,40 @@
+"""Print what public.audit_ledger() finds; the exit status is 1 if anything is wrong."""
+
+import argparse
+import sys
+
+import psycopg
+
+from devstack.postgres import database_url
+
+COUNTS_SQL = """
+select
+  (select count(*) from public."Users"),
+  (select count(*) from public."Transaction_History"),
+  (select coalesce(sum(balance), 0) from public."Users")
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m devstack.audit", description=__doc__)
+    parser.add_argument(
+        "database_url", nargs="?", default=database_url(54322), help="(%(default)s)"
+    )
+    arguments = parser.parse_args()
+    try:
+        with psycopg.connect(arguments.database_url, connect_timeout=5) as connection:
+            faults = connection.execute("select * from public.audit_ledger()").fetchall()
+            counts = connection.execute(COUNTS_SQL).fetchone()
+    except psycopg.Error as error:
+        # The address may hold a password, so it is not repeated.
+        sys.exit(f"The ledger could not be audited: {error}Is the dev stack running (make run)?")
+    for user_id, fault in faults:
+        print(f"user {user_id}: {fault}")
+    if faults:
+        sys.exit(f"{len(faults)} faults in the ledger.")
+    users, entries, total = counts or (0, 0, 0)
+    print(f"The ledger adds up: {users} users, {entries} entries, balances of {total} in all.")
+
+
+if __name__ == "__main__":
+    main()

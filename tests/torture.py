@@ -1,0 +1,406 @@
+"""Load with faults running: random clients, a gateway that breaks, servers that are killed.
+
+Afterwards every answer is compared with the ledger. The seed decides what is tried, not how the
+threads interleave.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import secrets
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import httpx
+import psycopg
+from database import Database
+from faulty_gateway import FAULTS, FaultyGateway
+from servers import await_ready, free_port, served, service_process
+
+from devstack.gateway import create_gateway
+from devstack.keys import JWT_SECRET
+from devstack.postgres import (
+    PostgresFailed,
+    apply_migrations,
+    database_url,
+    start_postgres,
+    stop_postgres,
+)
+from devstack.products import create_products
+
+CLIENTS = 12
+HOT_USERS, COLD_USERS, ITEMS = 3, 200, 12
+FAULT_SHARE = 0.06
+CHAOS_PAUSE_SECONDS = 4.0
+ATTEMPTS_MAX = 4
+OUTAGE_SECONDS = 5.0
+REQUEST_TIMEOUT_SECONDS = 3  # shorter than usual, so that some outcomes stay unknown
+REMEMBERED = {"charged", "user_inactive", "price_changed", "insufficient_funds"}
+TRANSIENT = {"products_unavailable", "ledger_unavailable", "overloaded"}
+# A silent gateway costs a call's whole timeout, so it is rarer than the other faults.
+FAULT_WEIGHTS = [0.1 if "silent" in fault else 1.0 for fault in FAULTS]
+
+
+@dataclass
+class Purchase:
+    """One purchase as its client saw it: the answers of all attempts under one key."""
+
+    user_id: int
+    item_id: UUID
+    key: str
+    expected_price: int | None
+    answers: list[httpx.Response] = field(default_factory=list)
+    lost: int = 0
+
+    @property
+    def body(self) -> dict[str, object]:
+        body: dict[str, object] = {"user_id": self.user_id, "item_id": str(self.item_id)}
+        if self.expected_price is not None:
+            body["expected_price"] = self.expected_price
+        return body
+
+    def attempt(self, client: httpx.Client) -> str:
+        """Post it once; returns the code of the answer, "charged" or "lost"."""
+        try:
+            answer = client.post(
+                "/payments/debit", json=self.body, headers={"Idempotency-Key": self.key}
+            )
+        except httpx.TransportError:
+            self.lost += 1
+            return "lost"
+        self.answers.append(answer)
+        return code_of(answer)
+
+    @property
+    def is_unsettled(self) -> bool:
+        codes = {code_of(answer) for answer in self.answers}
+        return "charged" not in codes and (self.lost > 0 or "outcome_unknown" in codes)
+
+    @property
+    def is_remembered(self) -> bool:
+        """Whether the ledger decided; a refusal of the products service is not remembered."""
+        return any(code_of(answer) in REMEMBERED for answer in self.answers)
+
+
+def code_of(answer: httpx.Response) -> str:
+    return "charged" if answer.status_code == 200 else str(answer.json()["code"])
+
+
+class Torture:
+    """The world under torture, and what was seen of it."""
+
+    def __init__(self, seed: int, seconds: float, say: Callable[[str], None]) -> None:
+        self.seed = seed
+        self.say = say
+        self.ends = time.monotonic() + seconds
+        self.seen: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.purchases: list[Purchase] = []
+        self.violations: list[str] = []
+        self._fault_random = random.Random(f"{seed} faults")
+        self._lock = threading.Lock()
+        self._faults_on = True
+        self._losing = False
+
+    def run(self) -> None:
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="payment-torture-"))
+            self.directory, self.port = Path(folder) / "postgres", free_port()
+            start_postgres(self.directory, self.port)
+            stack.callback(stop_postgres, self.directory)
+            apply_migrations(database_url(self.port))
+            self._populate()
+            gateway = create_gateway(database_url(self.port, role="authenticator"), JWT_SECRET)
+            gateway_url = stack.enter_context(served(gateway))
+            faulty = stack.enter_context(FaultyGateway(gateway_url, self._choose_fault))
+            products = create_products(database_url(self.port))
+            products_url = stack.enter_context(served(products))
+            self.service = Service(faulty.url, products_url)
+            stack.enter_context(self.service.running())
+            self._load()
+            self._settle()
+            with self._database() as database:
+                self._compare(database)
+
+    def _populate(self) -> None:
+        with self._database() as database:
+            self.hot = [database.add_user(40_000) for _ in range(HOT_USERS)]
+            self.cold = [database.add_user(3_000) for _ in range(COLD_USERS)]
+            self.items = [database.add_item(50 * n) for n in range(ITEMS)]
+
+    def _load(self) -> None:
+        with ThreadPoolExecutor(CLIENTS + 3) as threads:
+            running = [threads.submit(self._buy, number) for number in range(CLIENTS)]
+            running += [threads.submit(self._chaos), threads.submit(self._outside_writes)]
+            running += [threads.submit(self._report)]
+            for thread in running:
+                thread.result()
+
+    def _buy(self, number: int) -> None:
+        dice = random.Random(f"{self.seed} client {number}")
+        earlier: list[Purchase] = []
+        while time.monotonic() < self.ends:
+            with httpx.Client(base_url=self.service.url, timeout=30) as client:
+                for _ in range(20):
+                    if time.monotonic() >= self.ends:
+                        return
+                    self._buy_once(client, dice, earlier)
+
+    def _buy_once(self, client: httpx.Client, dice: random.Random, earlier: list[Purchase]) -> None:
+        kind = dice.random()
+        if earlier and kind < 0.12:
+            self._replay(client, dice.choice(earlier[-50:]))
+            return
+        remembered = [purchase for purchase in earlier[-50:] if purchase.is_remembered]
+        if remembered and kind < 0.14:
+            self._reuse(client, dice.choice(remembered))
+            return
+        user_id = dice.choice(self.hot if dice.random() < 0.4 else self.cold)
+        item_number = dice.randrange(ITEMS)
+        expected = 50 * item_number if dice.random() < 0.3 else None
+        purchase = Purchase(user_id, self.items[item_number], str(uuid4()), expected)
+        with self._lock:
+            self.purchases.append(purchase)
+        for _ in range(ATTEMPTS_MAX):
+            code = purchase.attempt(client)
+            self._count(code)
+            if code not in TRANSIENT | {"lost", "outcome_unknown"}:
+                earlier.append(purchase)
+                return
+            time.sleep(dice.uniform(0.01, 0.2))  # and again, under the same key
+
+    def _replay(self, client: httpx.Client, purchase: Purchase) -> None:
+        """Ask for something that was answered finally: the answer has to be the same."""
+        first = next((a for a in purchase.answers if code_of(a) in REMEMBERED), None)
+        code = purchase.attempt(client)
+        self._count(code)
+        if first is None or code in UNSETTLED:
+            return
+        again = purchase.answers[-1]
+        if without_request_id(again) != without_request_id(first):
+            self._violation(f"{purchase.key} answered {first.text} and later {again.text}")
+        self._count("replays", int("idempotent-replayed" in again.headers))
+
+    def _reuse(self, client: httpx.Client, purchase: Purchase) -> None:
+        other = next(item for item in self.items if item != purchase.item_id)
+        misuse = Purchase(purchase.user_id, other, purchase.key, None)
+        self._count(code := misuse.attempt(client))
+        if code == "charged":
+            self._violation(f"{purchase.key} was charged for two items")
+
+    def _outside_writes(self) -> None:
+        """What other services do: top up, withdraw items, change prices and back."""
+        dice = random.Random(f"{self.seed} outside")
+        while time.monotonic() < self.ends:
+            user_id = dice.choice(self.hot + self.cold)
+            item_id = dice.choice(self.items)
+            statements = [
+                ('update public."Users" set balance = balance + 500 where card_id = %s', user_id),
+                ('update public."Users" set active = random() < 0.9 where card_id = %s', user_id),
+                ('update public."Items" set active = random() < 0.9 where id = %s', item_id),
+                ('update public."Items" set price = price / 50 * 50 + 1 where id = %s', item_id),
+                ('update public."Items" set price = price / 50 * 50 where id = %s', item_id),
+            ]
+            statement, argument = dice.choices(statements, [8, 1, 1, 1, 2])[0]
+            with contextlib.suppress(psycopg.Error), self._database() as database:
+                database.connection.execute(statement, (argument,))
+                self._count("writes by others")
+            time.sleep(0.02)
+
+    def _chaos(self) -> None:
+        dice = random.Random(f"{self.seed} chaos")
+        deeds: dict[str, Callable[[], None]] = {
+            "Postgres restarted": self._restart_postgres,
+            "Postgres killed": self._kill_postgres,
+            "connections of the gateway cut": self._cut_connections,
+            "hot row locked": self._lock_hot_row,
+            "every answer lost": self._lose_every_answer,
+            "service killed": self.service.kill_and_start,
+        }
+        waiting = list(deeds)
+        dice.shuffle(waiting)
+        while time.monotonic() + CHAOS_PAUSE_SECONDS < self.ends:
+            time.sleep(CHAOS_PAUSE_SECONDS)
+            deed = waiting.pop() if waiting else dice.choice(list(deeds))
+            deeds[deed]()
+            self.faults[deed] += 1
+
+    def _restart_postgres(self) -> None:
+        stop_postgres(self.directory)
+        start_postgres(self.directory, self.port)
+
+    def _kill_postgres(self) -> None:
+        os.kill(int((self.directory / "postmaster.pid").read_text().split()[0]), signal.SIGKILL)
+        for _ in range(100):
+            with contextlib.suppress(PostgresFailed):
+                start_postgres(self.directory, self.port)
+                return
+            time.sleep(0.1)  # its orphans still hold the shared memory
+        raise RuntimeError("Postgres did not start again")
+
+    def _cut_connections(self) -> None:
+        with self._database() as database:
+            database.connection.execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity "
+                "where usename = 'authenticator'"
+            )
+
+    def _lock_hot_row(self) -> None:
+        with psycopg.connect(database_url(self.port)) as somebody:
+            somebody.execute(
+                'select from public."Users" where card_id = %s for update', (self.hot[0],)
+            )
+            time.sleep(2.5)  # longer than the function waits
+
+    def _lose_every_answer(self) -> None:
+        self._losing = True
+        time.sleep(OUTAGE_SECONDS)
+        self._losing = False
+
+    def _choose_fault(self) -> str | None:
+        with self._lock:
+            if self._losing:
+                return "closed instead of the answer"
+            if not self._faults_on or self._fault_random.random() > FAULT_SHARE:
+                return None
+            (fault,) = self._fault_random.choices(list(FAULTS), FAULT_WEIGHTS)
+            self.faults[fault] += 1
+            return fault
+
+    def _settle(self) -> None:
+        """With all faults gone, ask again what became of everything that stayed open."""
+        self._faults_on = False
+        await_ready(self.service.url)
+        unsettled = [purchase for purchase in self.purchases if purchase.is_unsettled]
+        with httpx.Client(base_url=self.service.url, timeout=30) as client:
+            for purchase in unsettled:
+                query = {"user_id": str(purchase.user_id), "idempotency_key": purchase.key}
+                asked = client.get("/payments/outcome", params=query)
+                code = purchase.attempt(client)
+                paid = asked.status_code == 200 and "outcome" not in asked.json()
+                if paid and (code != "charged" or asked.json() != purchase.answers[-1].json()):
+                    self._violation(f"{purchase.key}: {asked.text} became {code}")
+                self._count("unknowns settled")
+
+    def _compare(self, database: Database) -> None:
+        """Hold every answer against the ledger."""
+        rows = database.connection.execute(
+            "select idempotency_key, id::text, user_id, item::text, -amount_delta, balance_after "
+            "from public.\"Transaction_History\" where kind = 'debit'"
+        ).fetchall()
+        entries = {row[0]: row[1:] for row in rows}
+        self.seen["ledger entries of debits"] = len(rows)
+        if len(entries) != len(rows):
+            self._violation("a key has more than one entry")
+        for purchase in self.purchases:
+            self._compare_purchase(purchase, entries.pop(purchase.key, None))
+        for key in entries:
+            self._violation(f"nobody asked for the entry under {key}")
+        for user_id, fault in database.audit():
+            self._violation(f"audit of user {user_id}: {fault}")
+
+    def _compare_purchase(self, purchase: Purchase, entry: tuple[object, ...] | None) -> None:
+        charged = [a.json() for a in purchase.answers if a.status_code == 200]
+        for payment in charged:
+            names = ("transaction_id", "user_id", "item_id", "amount", "new_balance")
+            if entry != tuple(payment[name] for name in names):
+                self._violation(f"{purchase.key} was told {payment}, the ledger has {entry}")
+        if not charged and entry is not None:
+            codes = [code_of(answer) for answer in purchase.answers]
+            self._violation(f"{purchase.key} was told {codes}, the ledger has {entry}")
+
+    @contextmanager
+    def _database(self) -> Iterator[Database]:
+        with psycopg.connect(database_url(self.port), autocommit=True) as connection:
+            yield Database(connection)
+
+    def _report(self) -> None:
+        while (left := self.ends - time.monotonic()) > 0:
+            self.say(f"{left:5.0f} s left, {self.seen['requests']} requests, {self._found()}")
+            time.sleep(min(10, left))
+
+    def _count(self, code: str, by: int = 1) -> None:
+        with self._lock:
+            self.seen[code] += by
+            if code not in ("replays", "writes by others", "unknowns settled"):
+                self.seen["requests"] += by
+
+    def _violation(self, text: str) -> None:
+        with self._lock:
+            self.violations.append(text)
+
+    def _found(self) -> str:
+        return f"{len(self.violations)} violations"
+
+
+UNSETTLED = TRANSIENT | {"lost", "outcome_unknown"}
+
+
+def without_request_id(answer: httpx.Response) -> tuple[int, dict[str, object]]:
+    body = {name: value for name, value in answer.json().items() if name != "request_id"}
+    return answer.status_code, body
+
+
+class Service:
+    """The payment service as a process that is killed and started again at the same address."""
+
+    def __init__(self, gateway_url: str, products_url: str) -> None:
+        self._urls = (gateway_url, products_url)
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self._stack = ExitStack()
+        self._start()
+        try:
+            yield
+        finally:
+            self._stack.close()
+
+    def kill_and_start(self) -> None:
+        self._stack.close()  # with SIGKILL
+        self._start()
+
+    def _start(self) -> None:
+        self._stack.enter_context(
+            service_process(
+                *self._urls,
+                port=self._port,
+                LOG_LEVEL="ERROR",
+                REQUEST_TIMEOUT_SECONDS=str(REQUEST_TIMEOUT_SECONDS),
+            )
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make torture ARGS=...", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
+    arguments = parser.parse_args()
+    print(f"seed {arguments.seed}, {arguments.minutes:g} minutes", flush=True)
+    torture = Torture(arguments.seed, 60 * arguments.minutes, lambda line: print(line, flush=True))
+    torture.run()
+    for title, counts in (("seen", torture.seen), ("faults", torture.faults)):
+        print(f"\n{title}:")
+        for name, count in sorted(counts.items()):
+            print(f"{count:9d}  {name}")
+    print(f"\nseed {arguments.seed}: violations: {len(torture.violations)}")
+    for violation in torture.violations[:20]:
+        print(f"  {violation}")
+    sys.exit(bool(torture.violations))
+
+
+if __name__ == "__main__":
+    main()
