@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 BIGINT_MAX = 2**63 - 1
+DIGITS_PATTERN = "^[1-9][0-9]{0,18}$"
 EXAMPLE_ITEM = "550e8400-e29b-41d4-a716-446655440000"
 EXAMPLE_KEY = "5a1bd1d2-6c53-4c0a-9c07-0c5d1c1a7f11"
 
@@ -27,11 +28,13 @@ KEY_PATTERN = r'^("[!#-~]{1,255}"|[!#-~]{1,255})$'
 
 def _whole_number(value: Any) -> Any:
     """Let an integer or its decimal digits through; to JSON, 1.0 and true are neither."""
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,19}", value):
+    if isinstance(value, str) and re.fullmatch(DIGITS_PATTERN, value):
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise PydanticCustomError("whole_number", "Input should be an integer or its decimal digits")
+    raise PydanticCustomError(
+        "whole_number", "Input should be an integer above 0 or its decimal digits"
+    )
 
 
 def _in_utc(time: datetime) -> datetime:
@@ -46,7 +49,7 @@ UserId = Annotated[
         {
             "anyOf": [
                 {"type": "integer", "minimum": 1, "maximum": BIGINT_MAX},
-                {"type": "string", "pattern": "^[0-9]{1,19}$"},
+                {"type": "string", "pattern": DIGITS_PATTERN},
             ],
             "description": "The user's card id, 1 to 2^63-1; as a string for callers whose numbers "
             "lose digits past 2^53.",

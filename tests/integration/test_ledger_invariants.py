@@ -1,0 +1,232 @@
+"""What the ledger holds by itself, whoever writes: chains, balances, and that nothing goes away."""
+
+import threading
+from collections.abc import Iterator
+from uuid import UUID
+
+import psycopg
+import pytest
+from database import Database
+
+from devstack.postgres import database_url
+
+Entry = tuple[str, int, int]
+
+
+@pytest.fixture(scope="module")
+def service_role(migrated_port: int) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(database_url(migrated_port), autocommit=True) as connection:
+        connection.execute("set role service_role")
+        yield connection
+
+
+@pytest.fixture(autouse=True)
+def _the_audit_stays_clean(database: Database) -> Iterator[None]:
+    yield
+    assert database.audit() == []
+
+
+def entries(database: Database, user_id: int) -> list[Entry]:
+    return database.connection.execute(
+        "select kind, amount_delta, balance_after "
+        'from public."Transaction_History" where user_id = %s order by seq',
+        (user_id,),
+    ).fetchall()
+
+
+def top_up(connection: psycopg.Connection, user_id: int, amount: int) -> None:
+    connection.execute(
+        'update public."Users" set balance = balance + %s where card_id = %s', (amount, user_id)
+    )
+
+
+def insert_entries(connection: psycopg.Connection, *rows: tuple[int, int]) -> None:
+    values = ", ".join(f"({user_id}, {amount}, 77, 1)" for user_id, amount in rows)
+    connection.execute(
+        'insert into public."Transaction_History" (user_id, amount_delta, balance_after, seq) '
+        f"overriding system value values {values}"
+    )
+
+
+def debit(connection: psycopg.Connection, user_id: int, item_id: UUID) -> None:
+    connection.execute("select public.debit_use(%s, %s)", (user_id, item_id))
+
+
+def test_a_new_user_with_a_balance_gets_an_opening_entry(database: Database) -> None:
+    assert entries(database, database.add_user(5000)) == [("opening", 5000, 5000)]
+    assert entries(database, database.add_user(0)) == []
+
+
+def test_a_balance_written_by_another_service_gets_an_adjustment(
+    service_role: psycopg.Connection, database: Database
+) -> None:
+    user_id, item_id = database.add_user(1000), database.add_item(350)
+    debit(service_role, user_id, item_id)
+    top_up(service_role, user_id, 500)
+    debit(service_role, user_id, item_id)
+    assert entries(database, user_id) == [
+        ("opening", 1000, 1000),
+        ("debit", -350, 650),
+        ("adjustment", 500, 1150),
+        ("debit", -350, 800),
+    ]
+    assert database.balance(user_id) == 800
+
+
+def test_one_statement_over_many_users_gets_an_entry_for_each(
+    service_role: psycopg.Connection, database: Database
+) -> None:
+    users = [database.add_user(100), database.add_user(0), database.add_user(300)]
+    service_role.execute(
+        'update public."Users" set balance = balance + 7 where card_id = any(%s)', (users,)
+    )
+    assert [entries(database, user_id)[-1] for user_id in users] == [
+        ("adjustment", 7, 107),
+        ("adjustment", 7, 7),
+        ("adjustment", 7, 307),
+    ]
+
+
+def test_an_entry_inserted_by_hand_joins_the_chain_and_moves_the_balance(
+    service_role: psycopg.Connection, database: Database
+) -> None:
+    user_id, other = database.add_user(1000), database.add_user(0)
+    insert_entries(service_role, (user_id, 10), (other, 5), (user_id, -20))
+    assert entries(database, user_id)[1:] == [("adjustment", 10, 1010), ("adjustment", -20, 990)]
+    assert entries(database, other) == [("adjustment", 5, 5)]
+    assert (database.balance(user_id), database.balance(other)) == (990, 5)
+
+
+def test_an_entry_by_hand_waits_for_a_debit_and_is_numbered_after_it(
+    service_role: psycopg.Connection, database: Database, migrated_port: int
+) -> None:
+    user_id, item_id = database.add_user(1000), database.add_item(350)
+    with psycopg.connect(database_url(migrated_port)) as slow:
+        debit(slow, user_id, item_id)
+        by_hand = threading.Thread(target=insert_entries, args=(service_role, (user_id, 10)))
+        by_hand.start()
+        while not database.connection.execute(
+            "select from pg_stat_activity where wait_event_type = 'Lock'"
+        ).fetchall():
+            pass
+    by_hand.join()
+    assert entries(database, user_id)[1:] == [("debit", -350, 650), ("adjustment", 10, 660)]
+
+
+def test_no_write_takes_a_balance_below_zero(
+    service_role: psycopg.Connection, database: Database
+) -> None:
+    user_id = database.add_user(100)
+    with pytest.raises(psycopg.errors.CheckViolation) as raised:
+        top_up(service_role, user_id, -101)
+    assert raised.value.diag.constraint_name == "users_balance_not_negative"
+    with pytest.raises(psycopg.errors.CheckViolation):
+        insert_entries(service_role, (user_id, -101))
+    with pytest.raises(psycopg.errors.CheckViolation):
+        database.add_user(-1)
+    assert database.balance(user_id) == 100
+
+
+def test_a_debt_from_older_days_may_only_shrink(
+    service_role: psycopg.Connection, database: Database
+) -> None:
+    user_id, item_id = database.add_user(0), database.add_item(0)
+    database.connection.execute('alter table public."Users" disable trigger explain_balance')
+    top_up(database.connection, user_id, -120)
+    database.connection.execute('alter table public."Users" enable trigger explain_balance')
+    assert database.audit() == [(user_id, "the balance is not that of the last entry")]
+
+    top_up(service_role, user_id, 20)
+    debit(service_role, user_id, item_id)
+    with pytest.raises(psycopg.errors.CheckViolation):
+        top_up(service_role, user_id, -1)
+
+    assert database.balance(user_id) == -100
+    assert entries(database, user_id) == [("adjustment", -100, -100)]
+
+
+CHANGES = [
+    'update public."Transaction_History" set amount_delta = 0',
+    'delete from public."Transaction_History"',
+    'truncate public."Transaction_History"',
+    'truncate public."Users" cascade',
+    "update ledger.declines set outcome = 'x'",
+    "delete from ledger.declines",
+    "truncate ledger.declines",
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("role", ["postgres", "service_role"])
+def test_entries_and_declines_are_never_changed_or_removed(
+    migrated_port: int, database: Database, change: str, role: str
+) -> None:
+    user_id = database.add_user(100)
+    refusals = (psycopg.errors.RestrictViolation, psycopg.errors.InsufficientPrivilege)
+    with psycopg.connect(database_url(migrated_port), autocommit=True) as connection:
+        connection.execute(f"set role {role}")
+        with pytest.raises(refusals):
+            connection.execute(change)
+    assert entries(database, user_id) == [("opening", 100, 100)]
+
+
+def test_a_user_with_entries_can_not_be_deleted(database: Database) -> None:
+    user_id = database.add_user(100)
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        database.connection.execute('delete from public."Users" where card_id = %s', (user_id,))
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "constraint"),
+    [
+        ("kind, amount_delta", "'gift', 5", "transaction_history_kind_known"),
+        ("kind, amount_delta", "'debit', -5", "transaction_history_debit_takes_for_an_item"),
+        ("idempotency_key, amount_delta", "'', 5", "transaction_history_idempotency_key_length"),
+    ],
+)
+def test_an_entry_that_makes_no_sense_is_refused_by_name(
+    service_role: psycopg.Connection,
+    database: Database,
+    columns: str,
+    values: str,
+    constraint: str,
+) -> None:
+    user_id = database.add_user(100)
+    with pytest.raises(psycopg.errors.CheckViolation) as raised:
+        service_role.execute(
+            f'insert into public."Transaction_History" (user_id, {columns}) '
+            f"values ({user_id}, {values})"
+        )
+    assert raised.value.diag.constraint_name == constraint
+
+
+def test_a_key_has_at_most_one_entry(service_role: psycopg.Connection, database: Database) -> None:
+    user_id = database.add_user(100)
+    insert = (
+        'insert into public."Transaction_History" (user_id, amount_delta, idempotency_key) '
+        f"values ({user_id}, 5, 'key')"
+    )
+    service_role.execute(insert)
+    with pytest.raises(psycopg.errors.UniqueViolation):
+        service_role.execute(insert)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        ("set amount_delta = amount_delta + 1", "an entry does not follow from the one before it"),
+        ("set balance_after = 1", "the balance is not that of the last entry"),
+    ],
+)
+def test_the_audit_finds_what_was_damaged(
+    migrated_port: int, database: Database, damage: str, fault: str
+) -> None:
+    user_id = database.add_user(100)
+    with psycopg.connect(database_url(migrated_port)) as owner:
+        owner.execute('alter table public."Transaction_History" disable trigger refuse_change')
+        owner.execute(
+            f'update public."Transaction_History" {damage} where user_id = %s', (user_id,)
+        )
+        found = owner.execute("select * from public.audit_ledger()").fetchall()
+        owner.rollback()
+    assert (user_id, fault) in found

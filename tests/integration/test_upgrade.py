@@ -1,0 +1,126 @@
+"""Databases that were set up by hand are brought to the contract without losing anything."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from devstack.postgres import apply_migrations, database_url
+
+SHAPES = sorted((Path(__file__).parent.parent / "data" / "existing-database").glob("*.sql"))
+
+STATE = [
+    'select card_id, name, balance, active from public."Users" order by card_id',
+    'select id, name, price, barcode_id, active from public."Items" order by id',
+    'select * from public."Transaction_History" order by seq',
+    "select oid::regprocedure::text, prosrc, proconfig, proacl::text from pg_proc "
+    "where pronamespace in ('public'::regnamespace, 'ledger'::regnamespace) order by 1",
+    "select conrelid::regclass::text, conname, pg_get_constraintdef(oid) from pg_constraint "
+    "where connamespace in ('public'::regnamespace, 'ledger'::regnamespace) order by 1, 2",
+    "select indexdef from pg_indexes where schemaname in ('public', 'ledger') order by 1",
+    "select tgname, pg_get_triggerdef(oid) from pg_trigger where not tgisinternal order by 1, 2",
+    'select last_value, is_called from public."Transaction_History_seq_seq"',
+]
+
+
+def state(connection: psycopg.Connection) -> list[object]:
+    return [connection.execute(query).fetchall() for query in STATE]
+
+
+@pytest.fixture(params=SHAPES, ids=lambda path: path.stem)
+def old_url(request: pytest.FixtureRequest, postgres_port: int) -> str:
+    name = f"old_{request.param.stem.replace('-', '_')}_{abs(hash(request.node.name))}"
+    with psycopg.connect(database_url(postgres_port), autocommit=True) as admin:
+        admin.execute(f"create database {name}")
+    url = database_url(postgres_port, database=name)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("grant usage on schema public to service_role")
+        connection.execute(request.param.read_bytes())
+    return url
+
+
+def test_no_row_is_lost_and_balances_stay(old_url: str) -> None:
+    users = 'select card_id, name, balance, active from public."Users" order by card_id'
+    items = 'select id, name, price, barcode_id, active from public."Items" order by id'
+    rows = 'select id, item, created_at from public."Transaction_History" where item is not null'
+    with psycopg.connect(old_url, autocommit=True) as connection:
+        before = [sorted(connection.execute(query).fetchall()) for query in (users, items, rows)]
+        apply_migrations(old_url)
+        after = [sorted(connection.execute(query).fetchall()) for query in (users, items, rows)]
+        faults = connection.execute("select * from public.audit_ledger()").fetchall()
+    assert before == after
+    assert faults == []
+
+
+def test_opening_entries_come_first_and_carry_what_the_rows_leave_unexplained(
+    old_url: str,
+) -> None:
+    apply_migrations(old_url)
+    with psycopg.connect(old_url) as connection:
+        chains = connection.execute(
+            "select array_agg(kind order by seq), sum(amount_delta), users.balance "
+            'from public."Transaction_History" join public."Users" as users on card_id = user_id '
+            "group by card_id"
+        ).fetchall()
+    for kinds, total, balance in chains:
+        assert kinds[0] == "opening"
+        assert set(kinds[1:]) <= {"debit"}
+        assert total == balance
+
+
+def test_migrating_twice_changes_nothing(old_url: str) -> None:
+    with psycopg.connect(old_url, autocommit=True) as connection:
+        apply_migrations(old_url)
+        once = state(connection)
+        apply_migrations(old_url)
+        assert state(connection) == once
+
+
+def test_the_old_function_is_replaced_and_debits_go_on(old_url: str) -> None:
+    apply_migrations(old_url)
+    with psycopg.connect(old_url) as connection:
+        functions = connection.execute(
+            "select oid::regprocedure::text from pg_proc where proname = 'debit_use'"
+        ).fetchall()
+        item = connection.execute('select id from public."Items" where price = 350').fetchone()
+        assert item is not None
+        connection.execute("set role service_role")
+        outcome = connection.execute(
+            "select public.debit_use(1001, %s, 'key') - array['transaction_id', 'created_at']",
+            item,
+        ).fetchone()
+        faults = connection.execute("select * from public.audit_ledger()").fetchall()
+    assert functions == [("debit_use(bigint,uuid,text,bigint)",)]
+    assert outcome is not None
+    assert outcome[0]["outcome"] == "debited"
+    assert faults == []
+
+
+def test_a_debt_of_the_honour_system_stays_a_debt(postgres_port: int, old_url: str) -> None:
+    apply_migrations(old_url)
+    with psycopg.connect(old_url) as connection:
+        debts = connection.execute(
+            'select balance, (select balance_after from public."Transaction_History" '
+            'where user_id = card_id order by seq desc limit 1) from public."Users" '
+            "where balance < 0"
+        ).fetchall()
+    assert all(balance == explained for balance, explained in debts)
+    assert len(debts) == ("without_amounts" in old_url)
+
+
+def test_make_audit_prints_what_it_found(old_url: str) -> None:
+    command = [sys.executable, "-m", "devstack.audit", old_url]
+    before = subprocess.run(command, capture_output=True, text=True, check=False)
+    apply_migrations(old_url)
+    clean = subprocess.run(command, capture_output=True, text=True, check=False)
+    with psycopg.connect(old_url, autocommit=True) as connection:
+        connection.execute('alter table public."Users" disable trigger explain_balance')
+        connection.execute('update public."Users" set balance = 9 where card_id = 1001')
+    wrong = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert (before.returncode, clean.returncode, wrong.returncode) == (1, 0, 1)
+    assert "Traceback" not in before.stderr
+    assert "The ledger adds up" in clean.stdout
+    assert "user 1001: the balance is not that of the last entry" in wrong.stdout
