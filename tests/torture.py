@@ -42,7 +42,6 @@ from devstack.products import create_products
 CLIENTS = 12
 HOT_USERS, COLD_USERS, ITEMS = 3, 200, 12
 FAULT_SHARE = 0.06
-CHAOS_PAUSE_SECONDS = 4.0
 ATTEMPTS_MAX = 4
 OUTAGE_SECONDS = 5.0
 REQUEST_TIMEOUT_SECONDS = 3  # shorter than usual, so that some outcomes stay unknown
@@ -100,9 +99,16 @@ def code_of(answer: httpx.Response) -> str:
 class Torture:
     """The world under torture, and what was seen of it."""
 
-    def __init__(self, seed: int, seconds: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        seconds: float,
+        say: Callable[[str], None],
+        chaos_pause_seconds: float = 4.0,
+    ) -> None:
         self.seed = seed
         self.say = say
+        self.chaos_pause_seconds = chaos_pause_seconds
         self.ends = time.monotonic() + seconds
         self.seen: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
@@ -230,8 +236,8 @@ class Torture:
         }
         waiting = list(deeds)
         dice.shuffle(waiting)
-        while time.monotonic() + CHAOS_PAUSE_SECONDS < self.ends:
-            time.sleep(CHAOS_PAUSE_SECONDS)
+        while time.monotonic() + self.chaos_pause_seconds < self.ends:
+            time.sleep(self.chaos_pause_seconds)
             deed = waiting.pop() if waiting else dice.choice(list(deeds))
             deeds[deed]()
             self.faults[deed] += 1

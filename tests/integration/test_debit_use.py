@@ -199,6 +199,7 @@ def test_the_function_gives_up_before_its_client_does(service_role: psycopg.Conn
 CALLS = [
     "select public.debit_use(1001, null)",
     "select public.find_payment(1001, 'key')",
+    "select public.audit_ledger()",
     "select ledger.debit(1001, null, null, null)",
     "select ledger.find_outcome(1001, 'key')",
     *(
@@ -228,6 +229,22 @@ def test_only_the_service_role_gets_through(migrated_port: int, role: str, call:
         connection.execute(f"set role {role}")
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             connection.execute(call)
+
+
+@pytest.mark.parametrize("role", ["anon", "authenticated"])
+def test_other_roles_are_granted_nothing_at_all(database: Database, role: str) -> None:
+    granted = database.connection.execute(
+        "select oid::regprocedure::text from pg_proc "
+        "where pronamespace in ('public'::regnamespace, 'ledger'::regnamespace) "
+        "and has_function_privilege(%(role)s, oid, 'execute') "
+        "union all "
+        "select oid::regclass::text from pg_class "
+        "where relnamespace in ('public'::regnamespace, 'ledger'::regnamespace) "
+        "and relkind = 'r' and has_table_privilege(%(role)s, oid, "
+        "'select, insert, update, delete, truncate, references, trigger')",
+        {"role": role},
+    ).fetchall()
+    assert granted == []
 
 
 def test_row_level_security_is_on_for_every_table(database: Database) -> None:
