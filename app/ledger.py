@@ -92,9 +92,9 @@ class Ledger:
         }
         answer = await self._call("debit_use", nobody, _now() + CALL_TIMEOUT_SECONDS)
         if not isinstance(answer, dict) or answer.get("outcome") != UserNotFound.code:
-            self.last_state = LedgerRejected.code
-            logger.error("debit_use: the answer is no outcome")
-            raise LedgerRejected
+            self.last_state = OutcomeUnknown.code
+            logger.warning("debit_use: the answer is no outcome")
+            raise OutcomeUnknown
 
     async def _settle(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
         """Ask again until an answer comes; what may be done never becomes "not done"."""
