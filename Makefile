@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test torture audit lint types check clean
+.PHONY: help run test torture bench audit lint types check clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-7s %s\n", $$1, $$2}'
@@ -18,6 +18,9 @@ test: $(INSTALLED) ## Run all tests with the coverage of app
 
 torture: $(INSTALLED) ## Ten minutes of load with faults; ARGS="--minutes 1 --seed 7"
 	@PYTHONPATH=.:tests $(BIN)/python tests/torture.py $(ARGS)
+
+bench: $(INSTALLED) ## Measure the service beside its peers with wrk; ARGS="--seconds 2"
+	@$(BIN)/python -m bench $(ARGS)
 
 audit: $(INSTALLED) ## See whether a ledger adds up; DATABASE_URL names another than the dev stack's
 	@$(BIN)/python -m devstack.audit $(DATABASE_URL)

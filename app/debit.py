@@ -4,6 +4,7 @@ import asyncio
 from uuid import uuid4
 
 from app.errors import ItemInactive, ItemNotFound, Overloaded, PaymentError, ProductsUnavailable
+from app.group_commit import GroupCommit
 from app.ledger import Ledger
 from app.outcomes import Debited, Outcome
 from app.products import Products
@@ -14,10 +15,17 @@ class Debits:
     """Takes debits, at most so many at a time, and each for a limited time."""
 
     def __init__(
-        self, products: Products, ledger: Ledger, *, waiting_max: int, timeout_seconds: float
+        self,
+        products: Products,
+        ledger: Ledger,
+        group_commit: GroupCommit,
+        *,
+        waiting_max: int,
+        timeout_seconds: float,
     ) -> None:
         self._products = products
         self._ledger = ledger
+        self._group_commit = group_commit
         self._waiting_max = waiting_max
         self._timeout_seconds = timeout_seconds
         self._waiting = 0
@@ -53,19 +61,24 @@ class Debits:
         except (ItemNotFound, ItemInactive, ProductsUnavailable) as refusal:
             if callers_key is None:
                 raise
-            return await self._replay(debit, callers_key, deadline, refusal)
-        return await self._ledger.debit(debit, callers_key or str(uuid4()), deadline)
+            return _charged(await self._find_earlier(debit, callers_key, deadline, refusal))
+        key = callers_key or str(uuid4())
+        return _charged(await self._group_commit.debit(debit, key, deadline))
 
-    async def _replay(
+    async def _find_earlier(
         self, debit: DebitRequest, key: str, deadline: float, refusal: PaymentError
-    ) -> Debited:
-        """Answer a retry as the first time, although the item could not be sold now."""
+    ) -> Outcome:
+        """Find what a retry was answered the first time, although the item is refused now."""
         earlier = await self._ledger.find(debit.user_id, key, deadline)
         if earlier is None or not earlier.is_about(debit):
             raise refusal
-        if isinstance(earlier, Debited):
-            return earlier
-        raise earlier.error()
+        return earlier
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self._timeout_seconds
+
+
+def _charged(outcome: Outcome) -> Debited:
+    if isinstance(outcome, Debited):
+        return outcome
+    raise outcome.error()

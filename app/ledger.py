@@ -4,14 +4,16 @@ import asyncio
 import itertools
 import logging
 import random
+from collections.abc import Sequence
 
+import aiohttp
 import httpx
 from postgrest.exceptions import APIError
 from postgrest.types import JSON
 from supabase import AsyncClient
 
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError, UserNotFound
-from app.outcomes import Debited, Outcome, read_found, read_outcome
+from app.outcomes import Outcome, read_batch, read_found, read_outcome
 from app.schemas import DebitRequest
 
 # Longer than the function's own statement_timeout (4 s), so that the database gives up first.
@@ -22,6 +24,9 @@ CALLS_MAX = 100
 FIRST_DELAY_SECONDS_MAX = 0.1
 DELAY_SECONDS_MAX = 1.0
 
+# The transport calls every broken connection a connect timeout, also one that broke after sending;
+# what it was is in the cause. Waiting for a free connection ends in the second of them too.
+NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 # The transaction was not begun or was rolled back: PostgREST had no connection or no schema cache
 # (PGRST000, 002, 003), or Postgres gave up on a lock or on time, could not serialise, or only
 # reads. https://docs.postgrest.org/en/stable/references/errors.html and the manual's appendix A.
@@ -31,6 +36,9 @@ NOT_DONE_CODES = (
 )
 # The connection to the database was lost, perhaps after the commit, or PostgREST itself failed.
 UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0")
+
+# The transport lets some of its own errors through, such as that of an answer that is no HTTP.
+CALL_ERRORS = (APIError, httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError)
 
 logger = logging.getLogger(__name__)
 
@@ -43,28 +51,68 @@ class Ledger:
         self._calls = asyncio.Semaphore(CALLS_MAX)
         self.last_state = "not asked yet"
 
-    async def debit(self, debit: DebitRequest, key: str, deadline: float) -> Debited:
+    async def debit(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
         """Charge the user the item's price, once for each key of a user.
 
         A call that was certainly not done is tried once more; one that may have been done is asked
         again until the deadline. Both under the same key, so nobody is charged twice.
 
         Raises:
-            PaymentError: a rule refused the debit, or the ledger failed; the class says which.
+            PaymentError: the ledger failed; the class says what that means for the debit.
         """
         try:
             try:
-                outcome = await self._ask(debit, key, deadline)
+                return await self._ask(debit, key, deadline)
             except LedgerUnavailable:
                 await asyncio.sleep(_delay_seconds(1))
                 if _now() + CALL_TIMEOUT_SECONDS > deadline:
                     raise
-                outcome = await self._ask(debit, key, deadline)
+                return await self._ask(debit, key, deadline)
         except OutcomeUnknown:
-            outcome = await self._settle(debit, key, deadline)
-        if isinstance(outcome, Debited):
-            return outcome
-        raise outcome.error()
+            return await self.settle(debit, key, deadline)
+
+    async def settle(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
+        """Ask again until an answer comes; what may be done never becomes "not done".
+
+        Raises:
+            OutcomeUnknown: none came before the deadline.
+        """
+        for calls in itertools.count(1):
+            delay_seconds = _delay_seconds(calls)
+            if _now() + delay_seconds >= deadline:
+                break
+            await asyncio.sleep(delay_seconds)
+            try:
+                outcome = await self._ask(debit, key, deadline)
+            except (OutcomeUnknown, LedgerUnavailable):
+                continue
+            except LedgerRejected:
+                break
+            # Whatever is replayed now is this request's own answer, lost on its way.
+            return outcome.model_copy(update={"replayed": False})
+        raise OutcomeUnknown(idempotency_key=key)
+
+    async def debit_batch(self, debits: Sequence[tuple[DebitRequest, str]]) -> list[Outcome | None]:
+        """Ask once for many debits with their keys; None is a user whose row somebody holds.
+
+        Raises:
+            PaymentError: the ledger failed; the class says what that means for all of them.
+        """
+        wishes: list[JSON] = [
+            {
+                "user_id": debit.user_id,
+                "item_id": str(debit.item_id),
+                "idempotency_key": key,
+                "expected_price": debit.expected_price,
+            }
+            for debit, key in debits
+        ]
+        deadline = _now() + CALL_TIMEOUT_SECONDS
+        answer = await self._call("debit_use_batch", {"debits": wishes}, deadline)
+        try:
+            return read_batch(answer, [debit for debit, _ in debits])
+        except ValueError as error:
+            raise self._no_outcome("debit_use_batch", error) from error
 
     async def find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
         """Look up what was answered under a key; None if nothing is recorded.
@@ -92,26 +140,7 @@ class Ledger:
         }
         answer = await self._call("debit_use", nobody, _now() + CALL_TIMEOUT_SECONDS)
         if not isinstance(answer, dict) or answer.get("outcome") != UserNotFound.code:
-            self.last_state = OutcomeUnknown.code
-            logger.warning("debit_use: the answer is no outcome")
-            raise OutcomeUnknown
-
-    async def _settle(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
-        """Ask again until an answer comes; what may be done never becomes "not done"."""
-        for calls in itertools.count(1):
-            delay_seconds = _delay_seconds(calls)
-            if _now() + delay_seconds >= deadline:
-                break
-            await asyncio.sleep(delay_seconds)
-            try:
-                outcome = await self._ask(debit, key, deadline)
-            except (OutcomeUnknown, LedgerUnavailable):
-                continue
-            except LedgerRejected:
-                break
-            # Whatever is replayed now is this request's own answer, lost on its way.
-            return outcome.model_copy(update={"replayed": False})
-        raise OutcomeUnknown(idempotency_key=key)
+            raise self._no_outcome("debit_use", ValueError("not that of nobody's debit"))
 
     async def _ask(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
         arguments: dict[str, JSON] = {
@@ -124,9 +153,12 @@ class Ledger:
         try:
             return read_outcome(answer, debit)
         except ValueError as error:
-            self.last_state = OutcomeUnknown.code
-            logger.warning("debit_use: the answer is no outcome: %s", _first_line(error))
-            raise OutcomeUnknown from error
+            raise self._no_outcome("debit_use", error) from error
+
+    def _no_outcome(self, function: str, error: ValueError) -> OutcomeUnknown:
+        self.last_state = OutcomeUnknown.code
+        logger.warning("%s: the answer is no outcome: %s", function, _first_line(error))
+        return OutcomeUnknown()
 
     async def _call(self, function: str, arguments: dict[str, JSON], deadline: float) -> JSON:
         try:
@@ -137,7 +169,7 @@ class Ledger:
         try:
             async with asyncio.timeout_at(min(deadline, _now() + CALL_TIMEOUT_SECONDS)):
                 response = await self._supabase.rpc(function, arguments).execute()
-        except (APIError, httpx.HTTPError, TimeoutError, ValueError) as error:
+        except CALL_ERRORS as error:
             failure = classify_failure(error)
             self.last_state = failure.code
             level = logging.ERROR if failure is LedgerRejected else logging.WARNING
@@ -151,7 +183,7 @@ class Ledger:
 
 def classify_failure(error: Exception) -> type[PaymentError]:
     """Tell what a failed call means for the debit: not done, perhaps done, or never possible."""
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout):
+    if isinstance(error, httpx.TransportError) and isinstance(error.__cause__, NEVER_SENT):
         return LedgerUnavailable
     if not isinstance(error, APIError):
         return OutcomeUnknown

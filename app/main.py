@@ -1,13 +1,16 @@
 """The application: settings, clients, middleware and routes put together."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
+import aiohttp
 import httpx
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from httpx_aiohttp import AiohttpTransport
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -15,6 +18,7 @@ from supabase import AsyncClient, AsyncClientOptions
 
 from app.debit import Debits
 from app.errors import PaymentError
+from app.group_commit import GroupCommit
 from app.ledger import CALL_TIMEOUT_SECONDS, CALLS_MAX, Ledger
 from app.observability import RequestContext, configure_logging, pass_on_traceparent
 from app.problems import answer_http_exception, answer_invalid_parameters, answer_payment_error
@@ -25,6 +29,7 @@ from app.schemas import DebitRequest, Payment, Problem
 from app.settings import Settings, SettingsError, load_settings
 
 CONNECT_TIMEOUT_SECONDS = 1.0
+GARBAGE_THRESHOLD = 50_000  # objects; a request leaves few behind that count their references
 CONNECTION_IDLE_SECONDS_MAX = 5.0
 
 DESCRIPTION = """
@@ -91,10 +96,12 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
                 httpx_client=ledger_client, auto_refresh_token=False, persist_session=False
             ),
         )
-        products, ledger = Products(products_client), Ledger(supabase)
+        products = Products(products_client, settings.products_cache_seconds)
+        ledger = Ledger(supabase)
         debits = Debits(
             products,
             ledger,
+            GroupCommit(ledger, batch_size_max=settings.debit_batch_size_max),
             waiting_max=settings.debits_waiting_max,
             timeout_seconds=settings.request_timeout_seconds,
         )
@@ -102,19 +109,30 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
         stack.enter_context(services.readiness.ended_by_sigterm())
         waiting = asyncio.create_task(services.readiness.await_ledger(services.ledger))
         stack.push_async_callback(_cancel, waiting)
+        _spare_the_garbage_collector()
         yield {"services": services}
 
 
+def _spare_the_garbage_collector() -> None:
+    """Leave what lives as long as the process out of every later collection."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GARBAGE_THRESHOLD)
+
+
 def _http_client(timeout_seconds: float, base_url: str = "") -> httpx.AsyncClient:
+    # Over aiohttp a call costs a third of what it costs over httpx's own transport.
+    connector = aiohttp.TCPConnector(
+        limit=CALLS_MAX, keepalive_timeout=CONNECTION_IDLE_SECONDS_MAX, ttl_dns_cache=10
+    )
+    session = aiohttp.ClientSession(
+        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), skip_auto_headers={"User-Agent"}
+    )
     return httpx.AsyncClient(
+        transport=AiohttpTransport(client=session),
         base_url=base_url,
         timeout=httpx.Timeout(
             timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS, pool=CONNECT_TIMEOUT_SECONDS
-        ),
-        limits=httpx.Limits(
-            max_connections=CALLS_MAX,
-            max_keepalive_connections=CALLS_MAX,
-            keepalive_expiry=CONNECTION_IDLE_SECONDS_MAX,
         ),
         event_hooks={"request": [pass_on_traceparent]},
     )

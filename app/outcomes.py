@@ -1,5 +1,6 @@
 """What the database functions answer: the outcome of a debit, done or declined."""
 
+from collections.abc import Sequence
 from typing import Literal
 from uuid import UUID
 
@@ -29,6 +30,9 @@ OUTCOME_ERRORS: dict[str, type[PaymentError]] = {
         InsufficientFunds,
     )
 }
+
+
+BUSY = "busy"
 
 
 class Debited(Payment):
@@ -92,6 +96,20 @@ def read_outcome(answer: object, debit: DebitRequest) -> Outcome:
     if not outcome.is_about(debit):
         raise ValueError("the outcome is about another debit")
     return outcome
+
+
+def read_batch(answer: object, debits: Sequence[DebitRequest]) -> list[Outcome | None]:
+    """Read what debit_use_batch answered; None stands for a user whose row somebody holds.
+
+    Raises:
+        ValueError: it is not a list of these debits' outcomes.
+    """
+    if not isinstance(answer, list) or len(answer) != len(debits):
+        raise ValueError("there is not one outcome for each debit")
+    return [
+        None if isinstance(one, dict) and one.get("outcome") == BUSY else read_outcome(one, debit)
+        for one, debit in zip(answer, debits, strict=True)
+    ]
 
 
 def read_found(answer: object) -> Outcome | None:

@@ -2,14 +2,20 @@
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from uuid import UUID
 
+import aiohttp
 import httpx
+from async_lru import alru_cache
+from cachetools import TTLCache
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import ItemNotFound, ProductsUnavailable
 
 PRODUCTS_TIMEOUT_SECONDS = 2.0
+LAST_GOOD_SECONDS_MAX = 60.0
+ITEMS_MAX = 10_000
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +31,19 @@ class Item(BaseModel):
 
 
 class Products:
-    """Client of the products service."""
+    """Client of the products service; it asks once for an item in a while.
 
-    def __init__(self, client: httpx.AsyncClient) -> None:
+    An answer is kept for `cache_seconds`, and requests for one item at a time share one call. When
+    the service fails, its last good answer is used for a while longer: what counts, the price and
+    whether the item is for sale, the ledger checks again.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, cache_seconds: float) -> None:
         self._client = client
+        self._fetch: Callable[[UUID], Awaitable[Item]] = self._fetch_item
+        if cache_seconds > 0:
+            self._fetch = alru_cache(maxsize=ITEMS_MAX, ttl=cache_seconds)(self._fetch_item)
+        self._last_good: TTLCache[UUID, Item] = TTLCache(ITEMS_MAX, LAST_GOOD_SECONDS_MAX)
         self.last_state = "not asked yet"
 
     async def get_item(self, item_id: UUID) -> Item:
@@ -39,16 +54,26 @@ class Products:
             ProductsUnavailable: it is down, slow, or its answer makes no sense.
         """
         try:
+            return await self._fetch(item_id)
+        except ProductsUnavailable:
+            if item := self._last_good.get(item_id):
+                return item
+            raise
+
+    async def _fetch_item(self, item_id: UUID) -> Item:
+        try:
             async with asyncio.timeout(PRODUCTS_TIMEOUT_SECONDS):
                 response = await self._client.get(f"/items/{item_id}")
             item = _read_item(response, item_id)
-        except (httpx.HTTPError, TimeoutError, ValueError) as error:
+        except (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
             self.last_state = "unavailable"
             logger.warning("products service: %s", type(error).__name__)
             raise ProductsUnavailable from error
         self.last_state = "ok"
         if item is None:
+            self._last_good.pop(item_id, None)
             raise ItemNotFound
+        self._last_good[item_id] = item
         return item
 
 

@@ -54,6 +54,12 @@ class Settings(BaseSettings):
         description="Its key for the role service_role; keep it secret."
     )
     products_service_url: ServiceAddress = Field(description="Address of the products service.")
+    products_cache_seconds: float = Field(
+        5.0, ge=0, le=60, description="How long an answer about an item is used again."
+    )
+    debit_batch_size_max: int = Field(
+        64, ge=1, le=64, description="Most debits in one call to the ledger; 1 sends each alone."
+    )
     debits_waiting_max: int = Field(
         1000, ge=1, le=100_000, description="More debits than this at a time are refused."
     )

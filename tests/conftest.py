@@ -61,8 +61,10 @@ def products_url(migrated_port: int) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def service(gateway_url: str, products_url: str) -> Iterator[httpx.Client]:
-    """The payment service on real parts, and a client that talks to it."""
-    settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
+    """The payment service on real parts, and a client; what a test changes of an item holds now."""
+    settings = make_settings(
+        supabase_url=gateway_url, products_service_url=products_url, products_cache_seconds=0
+    )
     with served(PaymentService(settings)) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield client
 

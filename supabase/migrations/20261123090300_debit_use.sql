@@ -1,4 +1,5 @@
--- Charging a user for an item. The service calls debit_use and find_payment, nothing else.
+-- Charging a user for an item. The service calls debit_use, debit_use_batch and find_payment,
+-- nothing else.
 --
 -- Outcomes, in the order of checking:
 --   user_not_found          no such user; not remembered
@@ -10,6 +11,8 @@
 --   price_changed           the caller expected another price; carries "price"
 --   insufficient_funds      the balance is below the price
 --   debited                 the entry and the new balance are written
+-- and of debit_use_batch alone:
+--   busy                    somebody holds the user's row; nothing was done
 --
 -- Declines are returned, not raised: an error would roll back the memory of the decline.
 -- The new balance is written by the entry's trigger.
@@ -21,10 +24,11 @@ declare
 begin
   for older in
     select oid::regprocedure from pg_proc
-    where pronamespace = 'public'::regnamespace and proname in ('debit_use', 'find_payment')
+    where pronamespace = 'public'::regnamespace and proname in ('debit_use', 'debit_use_batch', 'find_payment')
       and pg_get_function_identity_arguments(oid) not in (
         'user_id_input bigint, item_input uuid, idempotency_key_input text, '
         'expected_price_input bigint',
+        'debits jsonb',
         'user_id_input bigint, idempotency_key_input text'
       )
   loop
@@ -154,6 +158,52 @@ as $$
   select ledger.debit(user_id_input, item_input, idempotency_key_input, expected_price_input)
 $$;
 
+create or replace function public.debit_use_batch(debits jsonb) returns jsonb
+language plpgsql volatile security invoker
+set search_path = ''
+set lock_timeout = '2s'
+set statement_timeout = '4s'
+as $$
+declare
+  locked bigint[];
+  wish record;
+  outcomes jsonb[] := '{}';
+begin
+  -- In the order of their ids, so that no two batches wait for each other; a row that somebody
+  -- holds is passed over, so that one stuck user does not hold up the others.
+  select array_agg(users.card_id) into locked from (
+    select card_id from public."Users"
+    where card_id in (select (debit ->> 'user_id')::bigint from jsonb_array_elements(debits) debit)
+    order by card_id
+    for no key update skip locked
+  ) as users;
+
+  for wish in
+    select debit.* from rows from (
+      jsonb_to_recordset(debits) as (
+        user_id bigint, item_id uuid, idempotency_key text, expected_price bigint
+      )
+    ) with ordinality as debit (user_id, item_id, idempotency_key, expected_price, place)
+    order by debit.place
+  loop
+    if wish.user_id = any(locked)
+      or not exists (select from public."Users" where card_id = wish.user_id) then
+      outcomes := outcomes || ledger.debit(
+        wish.user_id, wish.item_id, wish.idempotency_key, wish.expected_price
+      );
+    else
+      outcomes := outcomes || jsonb_build_object(
+        'outcome', 'busy',
+        'item_id', wish.item_id,
+        'expected_price', wish.expected_price,
+        'replayed', false
+      );
+    end if;
+  end loop;
+  return to_jsonb(outcomes);
+end
+$$;
+
 create or replace function public.find_payment(
   user_id_input bigint, idempotency_key_input text
 ) returns jsonb
@@ -171,6 +221,8 @@ comment on function ledger.find_outcome is
 'What was answered under a key of a user, with "replayed" true, or null.';
 comment on function public.debit_use is
 'Charge a user for an item at its present price, in one transaction; returns the outcome.';
+comment on function public.debit_use_batch is
+'Debits by the rules of debit_use, in one transaction; the outcomes are in the order given.';
 comment on function public.find_payment is
 'The outcome recorded under a key of a user, or null; reads only.';
 
@@ -178,6 +230,7 @@ revoke all on function
 ledger.find_outcome(bigint, text),
 ledger.debit(bigint, uuid, text, bigint),
 public.debit_use(bigint, uuid, text, bigint),
+public.debit_use_batch(jsonb),
 public.find_payment(bigint, text)
 from public, anon, authenticated, service_role;
 
@@ -185,6 +238,7 @@ grant execute on function
 ledger.find_outcome(bigint, text),
 ledger.debit(bigint, uuid, text, bigint),
 public.debit_use(bigint, uuid, text, bigint),
+public.debit_use_batch(jsonb),
 public.find_payment(bigint, text)
 to service_role;
 

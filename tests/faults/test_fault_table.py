@@ -171,12 +171,13 @@ def test_a_fault_of_the_products_service_once_charges_at_the_retry_only(
     user_id, item_id = database.add_user(5000), database.add_item(350)
     body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
     item = http_answer("200 OK", f'{{"id": "{item_id}", "price": 350, "active": true}}'.encode())
-    answers = iter([PRODUCTS_FAULTS[fault], item])
-    with SocketServer(lambda connection, _: connection.sendall(next(answers))) as products:
+    answers = [PRODUCTS_FAULTS[fault]]
+    with SocketServer(lambda connection, _: connection.sendall(answers[-1])) as products:
         service = start_service(products_service_url=products.url)
         refused = post_debit(service, body, "key")
         assert refused.json()["code"] == "products_unavailable"
         assert database.debits(user_id) == []
+        answers.append(item)
         answer = post_debit(service, body, "key")
     assert answer.status_code == 200
     assert_told_the_truth(database, service, body, answer)

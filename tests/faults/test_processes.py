@@ -44,11 +44,13 @@ def post_debit(url: str, user_id: int, item_id: UUID, key: str) -> httpx.Respons
 
 
 @contextmanager
-def locked(port: int, user_id: int) -> Iterator[psycopg.Connection]:
-    """Hold a user's row, so that a debit gets as far as the database and waits there."""
+def locked(port: int, *users: int) -> Iterator[None]:
+    """Hold users' rows, so that their debits get as far as the database and wait there."""
     with psycopg.connect(database_url(port)) as somebody:
-        somebody.execute('select from public."Users" where card_id = %s for update', (user_id,))
-        yield somebody
+        somebody.execute(
+            'select from public."Users" where card_id = any(%s) for update', (list(users),)
+        )
+        yield
 
 
 def await_waiting(database: Database, debits: int) -> None:
@@ -63,14 +65,14 @@ def await_waiting(database: Database, debits: int) -> None:
 def test_sigterm_lets_debits_under_way_finish_and_be_answered(
     gateway_url: str, products_url: str, migrated_port: int, database: Database, signals: int
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    users, item_id = [database.add_user(5000), database.add_user(5000)], database.add_item(350)
     with (
         service_process(gateway_url, products_url) as (process, url),
         ThreadPoolExecutor() as clients,
     ):
-        with locked(migrated_port, user_id):
+        with locked(migrated_port, *users):
             answers = [
-                clients.submit(post_debit, url, user_id, item_id, key) for key in ("one", "two")
+                clients.submit(post_debit, url, user_id, item_id, "key") for user_id in users
             ]
             await_waiting(database, 2)
             for _ in range(signals):
@@ -80,7 +82,7 @@ def test_sigterm_lets_debits_under_way_finish_and_be_answered(
                 httpx.get(f"{url}/health")
         assert [answer.result().status_code for answer in answers] == [200, 200]
         assert process.wait(20) in (0, 143, -signal.SIGTERM)
-    assert database.debits(user_id) == [350, 350]
+    assert [database.debits(user_id) for user_id in users] == [[350], [350]]
     assert database.audit() == []
 
 
@@ -137,24 +139,24 @@ def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
 def test_more_debits_than_may_wait_are_refused_at_once(
     start_service: Start, migrated_port: int, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    users, item_id = [database.add_user(5000) for _ in range(4)], database.add_item(350)
     service = start_service(debits_waiting_max=3)
     url = str(service.base_url).rstrip("/")
     with ThreadPoolExecutor() as clients:
-        with locked(migrated_port, user_id):
+        with locked(migrated_port, *users):
             waiting = [
-                clients.submit(post_debit, url, user_id, item_id, f"key-{n}") for n in range(3)
+                clients.submit(post_debit, url, user_id, item_id, "key") for user_id in users[:3]
             ]
             await_waiting(database, 3)
             started = time.monotonic()
-            refused = post_debit(url, user_id, item_id, "key-3")
+            refused = post_debit(url, users[3], item_id, "key")
             took_seconds = time.monotonic() - started
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         assert refused.headers["retry-after"] == "1"
         assert took_seconds < 0.5
         assert [answer.result().status_code for answer in waiting] == [200] * 3
-    assert post_debit(url, user_id, item_id, "key-3").status_code == 200
-    assert database.debits(user_id) == [350] * 4
+    assert post_debit(url, users[3], item_id, "key").status_code == 200
+    assert [database.debits(user_id) for user_id in users] == [[350]] * 4
 
 
 def test_an_exhausted_pool_of_the_gateway_loses_nothing(

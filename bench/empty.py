@@ -1,0 +1,24 @@
+"""An endpoint that does nothing, with the service's models: what FastAPI itself costs."""
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+from fastapi import FastAPI
+
+from app.schemas import DebitRequest, Payment
+
+app = FastAPI()
+
+TRANSACTION_ID = UUID("6f1d8f0e-1111-4a6b-9d51-000000000001")
+
+
+@app.post("/payments/debit")
+async def post_debit(debit: DebitRequest) -> Payment:
+    return Payment(
+        user_id=debit.user_id,
+        new_balance=4650,
+        transaction_id=TRANSACTION_ID,
+        item_id=debit.item_id,
+        amount=350,
+        created_at=datetime.now(UTC),
+    )

@@ -1,0 +1,244 @@
+"""Debits that come together go together, and nobody's trouble becomes somebody else's."""
+
+import json
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, repeat
+from uuid import UUID, uuid4
+
+import httpx
+import psycopg
+import pytest
+from database import Database
+from faulty_gateway import FAULTS, FaultyGateway
+
+from devstack.postgres import database_url
+
+Start = Callable[..., httpx.Client]
+
+DEBITS = 60
+
+
+class WatchedGateway(FaultyGateway):
+    """Remembers what was asked of it: the function and the size of the request's body."""
+
+    def __init__(self, gateway_url: str) -> None:
+        self.faults: Iterator[str | None] = repeat(None)
+        self.calls: list[tuple[str, int, int]] = []
+        super().__init__(gateway_url, lambda: next(self.faults))
+
+    def _relay(self, connection: socket.socket, request: bytes) -> None:
+        head, _, body = request.partition(b"\r\n\r\n")
+        if function := re.search(rb"/rpc/(\w+)", head):
+            debits = len(json.loads(body).get("debits", [None]))
+            self.calls.append((function[1].decode(), len(body), debits))
+        super()._relay(connection, request)
+
+
+@pytest.fixture
+def gateway(gateway_url: str) -> Iterator[WatchedGateway]:
+    with WatchedGateway(gateway_url) as gateway:
+        yield gateway
+
+
+def start(start_service: Start, gateway: WatchedGateway, **settings: object) -> httpx.Client:
+    settings = {"debit_batch_size_max": 64} | settings
+    service = start_service(supabase_url=gateway.url, **settings)
+    while service.get("/ready").status_code != 200:
+        pass
+    gateway.calls.clear()
+    return service
+
+
+def post(service: httpx.Client, user_id: int, item_id: UUID, key: str) -> httpx.Response:
+    body = {"user_id": user_id, "item_id": str(item_id)}
+    return service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
+
+
+def post_together(
+    service: httpx.Client, users: list[int], item_id: UUID, key_length: int = 36
+) -> list[httpx.Response]:
+    keys = [str(uuid4()).ljust(key_length, "x") for _ in users]
+    with ThreadPoolExecutor(len(users)) as clients:
+        return list(clients.map(lambda u, k: post(service, u, item_id, k), users, keys))
+
+
+def test_a_debit_that_finds_nobody_waiting_goes_alone(
+    start_service: Start, gateway: WatchedGateway, database: Database
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    service = start(start_service, gateway)
+    assert post(service, user_id, item_id, "key").status_code == 200
+    assert [call[0] for call in gateway.calls] == ["debit_use"]
+
+
+def test_debits_that_come_together_share_calls(
+    start_service: Start, gateway: WatchedGateway, database: Database
+) -> None:
+    users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
+    service = start(start_service, gateway)
+    answers = post_together(service, users, item_id)
+    assert [answer.status_code for answer in answers] == [200] * DEBITS
+    assert [answer.json()["user_id"] for answer in answers] == users
+    assert len(gateway.calls) < DEBITS / 2
+    assert [database.debits(user_id) for user_id in users] == [[350]] * DEBITS
+
+
+def test_debits_of_one_user_share_calls_too(
+    start_service: Start, gateway: WatchedGateway, database: Database
+) -> None:
+    user_id, item_id = database.add_user(350 * 50), database.add_item(350)
+    service = start(start_service, gateway)
+    answers = post_together(service, [user_id] * DEBITS, item_id)
+    charged = [answer.json() for answer in answers if answer.status_code == 200]
+    assert sorted(payment["new_balance"] for payment in charged) == [350 * n for n in range(50)]
+    assert [answer.status_code for answer in answers].count(402) == DEBITS - 50
+    assert len(gateway.calls) < DEBITS / 2
+    assert database.audit() == []
+
+
+def test_a_batch_of_one_turns_it_off(
+    start_service: Start, gateway: WatchedGateway, database: Database
+) -> None:
+    users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
+    service = start(start_service, gateway, debit_batch_size_max=1)
+    answers = post_together(service, users, item_id)
+    assert [answer.status_code for answer in answers] == [200] * DEBITS
+    assert {call[0] for call in gateway.calls} == {"debit_use"}
+
+
+def test_a_request_stays_small_however_long_the_keys(
+    start_service: Start, gateway: WatchedGateway, database: Database
+) -> None:
+    users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
+    service = start(start_service, gateway)
+    for key_length in (36, 255):
+        answers = post_together(service, users, item_id, key_length)
+        assert [answer.status_code for answer in answers] == [200] * DEBITS
+    assert max(call[1] for call in gateway.calls) < 8 * 1024
+    assert max(call[2] for call in gateway.calls) > 10
+
+
+def test_one_locked_row_holds_up_nobody_else(
+    start_service: Start, gateway: WatchedGateway, database: Database, migrated_port: int
+) -> None:
+    stuck, item_id = database.add_user(), database.add_item()
+    users = [database.add_user() for _ in range(DEBITS)]
+    service = start(start_service, gateway)
+    with ThreadPoolExecutor(5) as clients:
+        with psycopg.connect(database_url(migrated_port)) as somebody:
+            somebody.execute('select from public."Users" where card_id = %s for update', (stuck,))
+            waiting = [clients.submit(post, service, stuck, item_id, f"{n}") for n in range(5)]
+            time.sleep(0.1)  # until the lanes have met the locked row
+            started = time.monotonic()
+            answers = post_together(service, users, item_id)
+            took_seconds = time.monotonic() - started
+            assert not any(answer.done() for answer in waiting)
+        assert [answer.result().status_code for answer in waiting] == [200] * 5
+    assert [answer.status_code for answer in answers] == [200] * DEBITS
+    assert took_seconds < 1.5
+    assert database.debits(stuck) == [350] * 5
+
+
+def test_a_debit_that_the_database_refuses_fails_alone(
+    start_service: Start, gateway: WatchedGateway, database: Database
+) -> None:
+    users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
+    refused = users[7]
+    database.connection.execute(
+        'alter table public."Users" add constraint not_seven check '
+        f"(card_id <> {refused} or balance = 5000) not valid"
+    )
+    try:
+        answers = post_together(start(start_service, gateway), users, item_id)
+    finally:
+        database.connection.execute('alter table public."Users" drop constraint not_seven')
+    codes = {answer.json().get("user_id"): answer.status_code for answer in answers}
+    assert answers[7].json()["code"] == "ledger_rejected"
+    assert codes == {user_id: 200 for user_id in users if user_id != refused} | {None: 500}
+    assert database.debits(refused) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_batch_that_fails_is_settled_debit_by_debit(
+    start_service: Start, gateway: WatchedGateway, database: Database, fault: str
+) -> None:
+    users, item_id = [database.add_user() for _ in range(20)], database.add_item()
+    service = start(start_service, gateway)
+    gateway.faults = chain([None, None], [fault] * 2, repeat(None))  # two lone calls come first
+    answers = post_together(service, users, item_id)
+    assert [answer.status_code for answer in answers] == [200] * 20
+    assert not any("idempotent-replayed" in answer.headers for answer in answers)
+    assert [database.debits(user_id) for user_id in users] == [[350]] * 20
+
+
+def test_when_every_call_is_lost_each_debit_is_told_as_unknown(
+    start_service: Start, gateway: WatchedGateway, database: Database
+) -> None:
+    users, item_id = [database.add_user() for _ in range(20)], database.add_item()
+    service = start(start_service, gateway, request_timeout_seconds=1)
+    gateway.faults = repeat("closed instead of the answer")
+    answers = post_together(service, users, item_id)
+    gateway.faults = repeat(None)
+    assert {answer.json()["code"] for answer in answers} == {"outcome_unknown"}
+    for user_id, answer in zip(users, answers, strict=True):
+        key = answer.json()["idempotency_key"]
+        assert post(service, user_id, item_id, key).status_code == 200
+        assert database.debits(user_id) == [350]
+
+
+def batch(connection: psycopg.Connection, *debits: dict[str, object]) -> list[dict[str, object]]:
+    row = connection.execute(
+        "select public.debit_use_batch(%s::jsonb)", (json.dumps(debits),)
+    ).fetchone()
+    assert row is not None
+    outcomes: list[dict[str, object]] = row[0]
+    return outcomes
+
+
+def wish(user_id: int, item_id: UUID, key: str) -> dict[str, object]:
+    return {"user_id": user_id, "item_id": str(item_id), "idempotency_key": key}
+
+
+def test_outcomes_come_in_the_order_given_and_by_the_same_rules(database: Database) -> None:
+    rich, poor, item_id = database.add_user(700), database.add_user(1), database.add_item(350)
+    outcomes = batch(
+        database.connection,
+        wish(rich, item_id, "a"),
+        wish(987654321, item_id, "a"),
+        wish(poor, item_id, "a"),
+        wish(rich, item_id, "b"),
+        wish(rich, item_id, "a"),
+        wish(rich, uuid4(), "a"),
+        wish(rich, item_id, "c"),
+        wish(rich, uuid4(), "d"),
+    )
+    assert [(o["outcome"], o.get("new_balance"), o["replayed"]) for o in outcomes] == [
+        ("debited", 350, False),
+        ("user_not_found", None, False),
+        ("insufficient_funds", None, False),
+        ("debited", 0, False),
+        ("debited", 350, True),
+        ("idempotency_key_reused", None, False),
+        ("insufficient_funds", None, False),
+        ("item_not_found", None, False),
+    ]
+
+
+def test_a_user_whose_row_is_held_is_busy_and_nothing_is_done(
+    database: Database, migrated_port: int
+) -> None:
+    held, free, item_id = database.add_user(), database.add_user(), database.add_item()
+    with psycopg.connect(database_url(migrated_port)) as somebody:
+        somebody.execute('select from public."Users" where card_id = %s for update', (held,))
+        outcomes = batch(database.connection, wish(held, item_id, "a"), wish(free, item_id, "a"))
+    assert [outcome["outcome"] for outcome in outcomes] == ["busy", "debited"]
+    assert database.debits(held) == []
+    assert batch(database.connection, wish(held, item_id, "a"))[0]["outcome"] == "debited"
+
+
+def test_an_empty_batch_has_no_outcomes(database: Database) -> None:
+    assert batch(database.connection) == []
