@@ -23,7 +23,7 @@ from app.errors import (
 from app.schemas import EXAMPLE_KEY, ProblemExplanation
 
 MEDIA_TYPE = "application/problem+json"
-EXAMPLE_REQUEST_ID = "0b0e3f6c-9a55-4d2c-8f0e-4d0f8d0f6a11"
+EXAMPLE_REQUEST_ID = "0b0e3f6c9a554d2c8f0e4d0f8d0f6a11"
 REPLAYED = {"Idempotent-Replayed": "true"}
 ERRORS_MAX = 20
 POINTER_LENGTH_MAX = 100

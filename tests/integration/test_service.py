@@ -88,7 +88,7 @@ def test_a_request_id_is_echoed_or_made(service: httpx.Client) -> None:
 @pytest.mark.parametrize("request_id", ["", "with space", "x" * 129, "å"])
 def test_an_unusable_request_id_is_replaced(service: httpx.Client, request_id: str) -> None:
     response = service.get("/health", headers={b"X-Request-ID": request_id.encode()})
-    assert re.fullmatch("[0-9a-f-]{36}", response.headers["x-request-id"])
+    assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
 
 
 def test_the_trace_context_reaches_both_dependencies(
