@@ -29,7 +29,7 @@ from app.schemas import DebitRequest, Payment, Problem
 from app.settings import Settings, SettingsError, load_settings
 
 CONNECT_TIMEOUT_SECONDS = 1.0
-GARBAGE_THRESHOLD = 50_000  # objects; a request leaves few behind that count their references
+GARBAGE_THRESHOLD = 5_000  # objects; higher takes memory and gains nothing
 CONNECTION_IDLE_SECONDS_MAX = 5.0
 
 DESCRIPTION = """

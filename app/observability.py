@@ -46,7 +46,7 @@ class RequestContext:
         headers = Headers(scope=scope)
         request_id = headers.get("x-request-id", "")
         if not REQUEST_ID.fullmatch(request_id):
-            request_id = f"{random.getrandbits(128):032x}"  # noqa: S311 - it guards nothing
+            request_id = f"{random.getrandbits(128):032x}"
         traceparent = headers.get("traceparent", "")
         traceparent_now.set(traceparent if TRACEPARENT.fullmatch(traceparent) else None)
         scope.setdefault("state", {})["request_id"] = request_id

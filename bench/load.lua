@@ -2,6 +2,7 @@
 
 local profile, target = os.getenv("PROFILE"), os.getenv("TARGET")
 local users, items, keys = 5000, 20, 2000
+local first_user = tonumber(os.getenv("FIRST_USER") or 10000)
 local threads = 0
 
 function setup(thread)
@@ -27,11 +28,11 @@ local function uuid()
 end
 
 function request()
-  local user = profile == "one hot user" and 10000 or 10000 + math.random(0, users - 1)
+  local user = profile == "one hot user" and first_user or first_user + math.random(0, users - 1)
   local item = profile == "one hot item" and 0 or math.random(0, items - 1)
   if profile == "replays" then
     local key = math.random(0, keys - 1)
-    user, item = 10000 + key % users, key % items
+    user, item = first_user + key % users, key % items
     wrk.headers["Idempotency-Key"] = "replayed-" .. key
   end
   local item_id = string.format("00000000-0000-4000-8000-%012d", item)

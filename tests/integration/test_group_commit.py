@@ -190,6 +190,24 @@ def test_when_every_call_is_lost_each_debit_is_told_as_unknown(
         assert database.debits(user_id) == [350]
 
 
+def test_a_debit_whose_time_is_up_before_it_was_sent_was_not_done(
+    start_service: Start, gateway: WatchedGateway, database: Database
+) -> None:
+    users, item_id = [database.add_user() for _ in range(30)], database.add_item()
+    service = start(start_service, gateway, request_timeout_seconds=1)
+    assert post(service, users[0], item_id, "warms-the-cache").status_code == 200
+    gateway.faults = repeat("silent, not passed on")
+    with ThreadPoolExecutor(2) as groups:
+        sent = groups.submit(post_together, service, users[:20], item_id)
+        while len([call for call in gateway.calls if call[0] == "debit_use_batch"]) < 2:
+            time.sleep(0.01)  # until a batch is under way in both lanes
+        queued = groups.submit(post_together, service, users[20:], item_id)
+        told = {answer.json()["code"] for answer in sent.result()}
+        assert told == {"outcome_unknown"}
+        assert {answer.json()["code"] for answer in queued.result()} == {"ledger_unavailable"}
+    assert [database.debits(user_id) for user_id in users[20:]] == [[]] * 10
+
+
 def batch(connection: psycopg.Connection, *debits: dict[str, object]) -> list[dict[str, object]]:
     row = connection.execute(
         "select public.debit_use_batch(%s::jsonb)", (json.dumps(debits),)
