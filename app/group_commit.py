@@ -67,7 +67,7 @@ class GroupCommit:
         if self._is_off:
             return await self._ledger.debit(debit, key, deadline)
         waiting = Waiting(debit, key, deadline)
-        self._lanes[hash(debit.user_id) % LANES].add(waiting)
+        self._lanes[debit.user_id % LANES].add(waiting)
         try:
             async with asyncio.timeout_at(deadline):
                 return await waiting.outcome

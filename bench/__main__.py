@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,7 +78,9 @@ class Bench:
         self.facts: dict[str, float] = {}
         self.faults: list[str] = []
 
-    def run(self) -> None:
+    @contextmanager
+    def dependencies(self) -> Iterator[None]:
+        """Run a database with users and items, the gateway and the products service."""
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="payment-bench-"))
             self.postgres_port, self.gateway_port, self.products_port, self.port = free_ports(4)
@@ -88,6 +91,10 @@ class Bench:
                     process("devstack.server", name, str(port), str(self.postgres_port))
                 )
                 await_port(port)
+            yield
+
+    def run(self) -> None:
+        with self.dependencies():
             for peer in PEERS:
                 self._measure(peer)
             for profile in PROFILES[:2]:

@@ -4,18 +4,16 @@ import argparse
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 
 import psycopg
 
-from bench.__main__ import Bench, await_port, free_ports, run_program
-from bench.stack import BenchFailed, await_answer, populate, process, server
-from devstack.postgres import database_url, running_postgres
+from bench.__main__ import Bench, run_program
+from bench.stack import BenchFailed, await_answer, server
+from devstack.postgres import database_url
 
 USERS, ENTRIES_EACH = 100_000, 100
 OPENING = 1_000_000
@@ -51,19 +49,11 @@ class LongBench(Bench):
     @contextmanager
     def up(self) -> Iterator[int]:
         """Start everything; yields the service's process id."""
-        with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="payment-bench-"))
-            self.postgres_port, self.gateway_port, self.products_port, self.port = free_ports(4)
-            stack.enter_context(running_postgres(Path(folder) / "postgres", self.postgres_port))
-            populate(self.postgres_port)
-            for name, port in (("gateway", self.gateway_port), ("products", self.products_port)):
-                arguments = ("devstack.server", name, str(port), str(self.postgres_port))
-                stack.enter_context(process(*arguments))
-                await_port(port)
+        with self.dependencies():
             ports = (self.port, self.gateway_port, self.products_port)
-            running = stack.enter_context(server("app.main:app", *ports))
-            await_answer(f"http://127.0.0.1:{self.port}/ready", running)
-            yield running.pid
+            with server("app.main:app", *ports) as running:
+                await_answer(f"http://127.0.0.1:{self.port}/ready", running)
+                yield running.pid
 
     def soak(self, debits: int) -> None:
         """Go on until so many debits are done, and print the memory of the service on the way."""
