@@ -39,7 +39,7 @@ class Waiting:
     @property
     def size_bytes_max(self) -> int:
         """What it takes of a request: its key, and the rest of a debit at its longest."""
-        return len(self.key) + DEBIT_BYTES_MAX
+        return len(self.key) + self.key.count("\\") + DEBIT_BYTES_MAX  # JSON doubles a backslash
 
     def settle(self, answer: Outcome | BaseException) -> None:
         if self.outcome.done():
