@@ -50,7 +50,10 @@ def main() -> None:
     except (StackFailed, PostgresFailed) as error:
         sys.exit(f"devstack: {error}")
     except psycopg.Error as error:
-        sys.exit(f"devstack: the database: {error}To start afresh, delete {arguments.data}.")
+        sys.exit(
+            f"devstack: the database: {str(error).strip()}\n"
+            f"To start afresh, delete {arguments.data}."
+        )
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -27,7 +27,10 @@ def main() -> None:
             counts = connection.execute(COUNTS_SQL).fetchone()
     except psycopg.Error as error:
         # The address may hold a password, so it is not repeated.
-        sys.exit(f"The ledger could not be audited: {error}Is the dev stack running (make run)?")
+        sys.exit(
+            f"The ledger could not be audited: {str(error).strip()}\n"
+            "Is the dev stack running (make run)? Are the migrations applied?"
+        )
     for user_id, fault in faults:
         print(f"user {user_id}: {fault}")
     if faults:
