@@ -25,7 +25,7 @@ bench: $(INSTALLED) ## Measure the service beside its peers with wrk; ARGS="--se
 audit: $(INSTALLED) ## See whether a ledger adds up; DATABASE_URL names another than the dev stack's
 	@$(BIN)/python -m devstack.audit $(DATABASE_URL)
 
-lint: $(INSTALLED) ## Check style: Python and SQL
+lint: $(INSTALLED) ## Check style, of Python and SQL
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/sqlfluff lint --disable-progress-bar supabase
@@ -33,7 +33,7 @@ lint: $(INSTALLED) ## Check style: Python and SQL
 types: $(INSTALLED) ## Check types
 	$(BIN)/mypy
 
-check: lint types test ## All of the above: what must pass before a commit
+check: lint types test ## lint, types and test: what must pass before a commit
 
 clean: ## Delete what make has made: .venv, the development database, caches
 	rm -rf .venv .devstack .coverage htmlcov .mypy_cache .ruff_cache .pytest_cache
