@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
 
@@ -28,6 +29,19 @@ class Faults:
 
     def __call__(self) -> str | None:
         return next(self.coming)
+
+
+@contextmanager
+def faulty_service(
+    gateway_url: str, start_service: Start, **settings: object
+) -> Iterator[tuple[Faults, httpx.Client]]:
+    """Start a service, ready, behind a gateway whose faults are still to be chosen."""
+    faults = Faults(repeat(None))
+    with FaultyGateway(gateway_url, faults) as gateway:
+        service = start_service(supabase_url=gateway.url, **settings)
+        while service.get("/ready").status_code != 200:
+            pass
+        yield faults, service
 
 
 def post_debit(service: httpx.Client, body: dict[str, object], key: str | None) -> httpx.Response:
@@ -61,11 +75,7 @@ def test_a_fault_once_is_survived(
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
     body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
-    faults = Faults(repeat(None))
-    with FaultyGateway(gateway_url, faults) as gateway:
-        service = start_service(supabase_url=gateway.url)
-        while service.get("/ready").status_code != 200:
-            pass
+    with faulty_service(gateway_url, start_service) as (faults, service):
         faults.coming = chain([fault], repeat(None))
 
         answer = post_debit(service, body, key)
@@ -81,11 +91,10 @@ def test_a_fault_that_stays_is_told_truly(
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
     body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
-    faults = Faults(repeat(None))
-    with FaultyGateway(gateway_url, faults) as gateway:
-        service = start_service(supabase_url=gateway.url, request_timeout_seconds=2)
-        while service.get("/ready").status_code != 200:
-            pass
+    with faulty_service(gateway_url, start_service, request_timeout_seconds=2) as (
+        faults,
+        service,
+    ):
         faults.coming = repeat(fault)
         answer = post_debit(service, body, None)
         faults.coming = repeat(None)
@@ -102,11 +111,10 @@ def test_unknown_stays_unknown_when_later_calls_are_certainly_not_done(
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
     body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
-    faults = Faults(repeat(None))
-    with FaultyGateway(gateway_url, faults) as gateway:
-        service = start_service(supabase_url=gateway.url, request_timeout_seconds=1)
-        while service.get("/ready").status_code != 200:
-            pass
+    with faulty_service(gateway_url, start_service, request_timeout_seconds=1) as (
+        faults,
+        service,
+    ):
         faults.coming = chain(["closed instead of the answer"], repeat(later))
         answer = post_debit(service, body, "key")
         faults.coming = repeat(None)
