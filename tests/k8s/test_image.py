@@ -1,8 +1,16 @@
 """The image holds the service and its requirements, and nothing else."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import uvicorn
+from servers import free_port, make_settings, served
+
+from app.main import PaymentService
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -18,6 +26,27 @@ def arguments(name: str) -> list[str]:
     return [rest for instruction, rest in instructions() if instruction == name]
 
 
+def final_stage() -> list[tuple[str, str]]:
+    start = max(at for at, (name, _) in enumerate(instructions()) if name == "FROM")
+    return instructions()[start:]
+
+
+def health_check() -> list[str]:
+    (line,) = arguments("HEALTHCHECK")
+    command: list[str] = json.loads(line.partition("CMD ")[2])
+    return command
+
+
+def check_health(url: str) -> int:
+    """Run the image's check on an address: no packages installed, behind a proxy that is dead."""
+    code = health_check()[2].replace("http://127.0.0.1:8002", url)
+    dead_proxy = {"http_proxy": f"http://127.0.0.1:{free_port()}", "no_proxy": ""}
+    command = [sys.executable, "-I", "-S", "-c", code]
+    return subprocess.run(
+        command, env=os.environ | dead_proxy, stderr=subprocess.DEVNULL, timeout=20, check=False
+    ).returncode
+
+
 def test_both_stages_stand_on_the_slim_image() -> None:
     assert [stage.split()[0] for stage in arguments("FROM")] == ["python:3.11-slim"] * 2
 
@@ -25,6 +54,7 @@ def test_both_stages_stand_on_the_slim_image() -> None:
 def test_only_the_service_and_its_requirements_are_copied() -> None:
     copied = [line for line in arguments("COPY") if not line.startswith("--from=build")]
     assert copied == ["requirements.txt .", "app app"]
+    assert arguments("ADD") == []
 
 
 def test_the_build_sees_only_what_it_needs() -> None:
@@ -33,14 +63,56 @@ def test_the_build_sees_only_what_it_needs() -> None:
     assert rules == ["*", "!app", "!requirements.txt", "**/__pycache__"]
 
 
+def test_the_final_stage_takes_what_was_built_and_installs_nothing() -> None:
+    copied = [rest for name, rest in final_stage() if name == "COPY"]
+    assert copied == ["--from=build /venv /venv", "--from=build /service /service"]
+    assert "RUN" not in [name for name, _ in final_stage()]
+    assert "python -m venv --without-pip /venv " in arguments("RUN")[0]
+
+
+def test_another_user_can_read_the_service_and_need_not_write_its_bytecode() -> None:
+    assert arguments("RUN")[-1].split(" && ") == [
+        "chmod -R a+rX app",
+        "/venv/bin/python -m compileall -q app",
+    ]
+    assert "PYTHONDONTWRITEBYTECODE=1" in arguments("ENV")[0]
+
+
 def test_the_user_is_a_number_and_not_root() -> None:
     (user,) = arguments("USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
 
 
-def test_the_command_is_in_exec_form_and_starts_the_service() -> None:
+def test_the_command_is_in_exec_form_and_understood_by_the_server() -> None:
     (command,) = arguments("CMD")
-    assert json.loads(command)[:2] == ["uvicorn", "app.main:app"]
+    program, *options = json.loads(command)
+    assert program == "uvicorn"
+    understood = uvicorn.main.make_context(program, options).params
+    assert understood["app"] == "app.main:app"
+    assert understood["host"] == "0.0.0.0"  # noqa: S104 - a container is reached from outside
+    assert [str(understood["port"])] == arguments("EXPOSE")
+    assert understood["timeout_graceful_shutdown"] == 20
+    assert understood["server_header"] is False
+
+
+def test_the_health_check_asks_the_exposed_port() -> None:
+    program, option, code = health_check()
+    assert (program, option) == ("python", "-c")
+    assert f"'http://127.0.0.1:{arguments('EXPOSE')[0]}/health'" in code
+
+
+def test_the_health_check_needs_only_python_and_no_proxy() -> None:
+    with served(PaymentService(make_settings())) as url:
+        assert check_health(url) == 0
+
+
+def test_the_health_check_fails_when_the_answer_is_an_error() -> None:
+    with served(PaymentService(make_settings())) as url:
+        assert check_health(f"{url}/no-such-route") != 0
+
+
+def test_the_health_check_fails_when_nothing_answers() -> None:
+    assert check_health(f"http://127.0.0.1:{free_port()}") != 0
 
 
 def test_every_requirement_has_one_version() -> None:

@@ -8,14 +8,18 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from servers import make_settings
 
 from app.main import PaymentService
 from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = sorted((ROOT / "k8s").glob("*.yaml"))
+READ_BY_KUBECTL = {".json", ".yaml", ".yml"}
+FILES = sorted(path for path in (ROOT / "k8s").iterdir() if path.suffix in READ_BY_KUBECTL)
 NAMESPACE = "payment-service-dev"
 KUBERNETES_VERSIONS = ["1.29", "1.35"]
+# Supabase's keys, JSON web tokens, private keys, passwords in addresses, long random words.
+LIKE_A_KEY = re.compile(r"sb_secret_|sbp_|eyJ|PRIVATE KEY|://[^/\s]*@|[A-Za-z0-9+/_=]{40}")
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -41,6 +45,19 @@ def test_there_is_one_object_of_each_kind() -> None:
     assert len(FILES) == len(kinds)
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_file_is_named_after_its_kind(path: Path) -> None:
+    kind = load(path)["kind"].lower()
+    assert re.sub(r"^\d+-", "", path.stem) == kind.replace("horizontalpodautoscaler", "hpa")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_object_is_found_by_the_recommended_labels(path: Path) -> None:
+    labels = load(path)["metadata"]["labels"]
+    assert labels["app.kubernetes.io/name"] == "payment-service"
+    assert labels["app.kubernetes.io/instance"] == NAMESPACE
+
+
 def test_the_namespace_is_applied_before_what_lives_in_it() -> None:
     assert load(FILES[0])["kind"] == "Namespace"
     assert load(FILES[0])["metadata"]["name"] == NAMESPACE
@@ -53,8 +70,8 @@ def test_the_names_are_those_of_the_readme() -> None:
     assert OBJECTS["Deployment"]["metadata"]["name"] == "payment-service-dev"
     assert OBJECTS["HorizontalPodAutoscaler"]["metadata"]["name"] == "payment-service-dev-hpa"
     assert CONTAINER["image"] == "justingav/payment-service:latest"
-    secret = CONTAINER["envFrom"][0]["secretRef"]["name"]
-    for name in ("deployment/payment-service-dev", "payment-service-dev-hpa", secret):
+    (secret,) = [source["secretRef"] for source in CONTAINER["envFrom"] if "secretRef" in source]
+    for name in ("deployment/payment-service-dev", "payment-service-dev-hpa", secret["name"]):
         assert name in readme
 
 
@@ -67,19 +84,32 @@ def test_the_autoscaler_targets_the_deployment_and_owns_its_size() -> None:
         "name": deployment["metadata"]["name"],
     }
     assert "replicas" not in deployment["spec"]
+
+
+def test_the_autoscaler_can_measure_what_it_scales_by() -> None:
+    autoscaler = OBJECTS["HorizontalPodAutoscaler"]["spec"]
+    (metric,) = autoscaler["metrics"]
+    assert (autoscaler["minReplicas"], autoscaler["maxReplicas"]) == (2, 10)
+    assert metric["resource"]["target"]["type"] == "Utilization"
+    assert metric["resource"]["name"] == "cpu"
     assert CONTAINER["resources"]["requests"]["cpu"]
+
+
+def test_the_pod_is_bounded_in_memory() -> None:
+    assert CONTAINER["resources"]["limits"] == {"memory": "256Mi"}
 
 
 def test_the_service_finds_the_pods_on_the_port_of_the_image() -> None:
     service = OBJECTS["Service"]["spec"]
     labels = OBJECTS["Deployment"]["spec"]["template"]["metadata"]["labels"]
     (port,) = CONTAINER["ports"]
-    assert service["selector"] == OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert service["selector"] == OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"]
+    assert service["selector"].items() <= labels.items()
     assert service["ports"] == [
         {"name": "http", "port": port["containerPort"], "targetPort": port["name"]}
     ]
     dockerfile = (ROOT / "Dockerfile").read_text()
-    assert f"EXPOSE {port['containerPort']}" in dockerfile
+    assert f"\nEXPOSE {port['containerPort']}\n" in dockerfile
     assert f'"--port", "{port["containerPort"]}"' in dockerfile
 
 
@@ -92,9 +122,17 @@ def test_probes_ask_routes_that_exist(probe: str, path: str) -> None:
     assert "get" in PaymentService().openapi()["paths"][path]
 
 
-def test_the_configuration_knows_only_settings_of_the_service() -> None:
-    settings = {name.upper() for name in Settings.model_fields}
-    assert set(OBJECTS["ConfigMap"]["data"]) <= settings
+def test_the_configuration_is_one_that_the_service_accepts() -> None:
+    data = {name.lower(): value for name, value in OBJECTS["ConfigMap"]["data"].items()}
+    assert set(data) <= set(Settings.model_fields) - {"supabase_url", "supabase_service_role_key"}
+    settings = make_settings(**data)
+    assert {name: getattr(settings, name) for name in data} == data
+
+
+def test_addresses_of_the_cluster_win_over_those_of_a_laptop() -> None:
+    names = [source[kind]["name"] for source in CONTAINER["envFrom"] for kind in source]
+    assert names == ["payment-service-secrets", OBJECTS["ConfigMap"]["metadata"]["name"]]
+    assert "env" not in CONTAINER
 
 
 def test_the_pod_gets_more_time_than_the_graceful_stop_takes() -> None:
@@ -108,8 +146,14 @@ def test_the_pod_gets_more_time_than_the_graceful_stop_takes() -> None:
 
 def test_the_pod_has_no_rights_that_it_does_not_need() -> None:
     assert POD["automountServiceAccountToken"] is False
-    assert POD["securityContext"]["runAsNonRoot"] is True
-    assert POD["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    user = POD["securityContext"]["runAsUser"]
+    assert POD["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": user,
+        "runAsGroup": user,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert f"\nUSER {user}:{user}\n" in (ROOT / "Dockerfile").read_text()
     assert CONTAINER["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
@@ -119,5 +163,12 @@ def test_the_pod_has_no_rights_that_it_does_not_need() -> None:
 
 def test_no_secret_is_in_the_folder() -> None:
     for path in FILES:
-        assert "eyJ" not in path.read_text()
+        assert LIKE_A_KEY.search(path.read_text()) is None
         assert load(path)["kind"] != "Secret"
+
+
+@pytest.mark.parametrize(
+    "text", ["sb_secret_abc", "eyJhbGciOi.eyJyb2xl", "postgres://postgres:word@db/x", "0aB1" * 10]
+)
+def test_a_key_would_be_seen(text: str) -> None:
+    assert LIKE_A_KEY.search(text)
