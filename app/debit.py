@@ -3,7 +3,15 @@
 import asyncio
 from uuid import uuid4
 
-from app.errors import ItemInactive, ItemNotFound, Overloaded, PaymentError, ProductsUnavailable
+from app import metrics
+from app.errors import (
+    Forbidden,
+    ItemInactive,
+    ItemNotFound,
+    Overloaded,
+    PaymentError,
+    ProductsUnavailable,
+)
 from app.group_commit import GroupCommit
 from app.ledger import Ledger
 from app.outcomes import Debited, Outcome
@@ -29,6 +37,8 @@ class Debits:
         self._waiting_max = waiting_max
         self._timeout_seconds = timeout_seconds
         self._waiting = 0
+        metrics.WAITING.set_function(lambda: self._waiting)
+        metrics.WAITING_MAX.set(waiting_max)
 
     async def debit_user_for_item(self, debit: DebitRequest, callers_key: str | None) -> Debited:
         """Charge the user for the item, if it is for sale and the ledger's rules allow it.
@@ -58,7 +68,7 @@ class Debits:
             item = await self._products.get_item(debit.item_id)
             if not item.active:
                 raise ItemInactive
-        except (ItemNotFound, ItemInactive, ProductsUnavailable) as refusal:
+        except (ItemNotFound, ItemInactive, ProductsUnavailable, Forbidden) as refusal:
             if callers_key is None:
                 raise
             return _charged(await self._find_earlier(debit, callers_key, deadline, refusal))

@@ -1,11 +1,13 @@
 """Every way in which a request can be refused or fail; the HTTP answer stands on the class."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 PROBLEMS: dict[str, type["PaymentError"]] = {}
 
 RETRY_AFTER = {"Retry-After": "1"}
+BEARER = {"WWW-Authenticate": "Bearer"}
 
 
 class PaymentError(Exception):
@@ -21,7 +23,7 @@ class PaymentError(Exception):
     meaning: ClassVar[str]
     advice: ClassVar[str]
     money_moved: ClassVar[Literal["no", "unknown"]] = "no"
-    headers: ClassVar[Mapping[str, str]] = {}
+    headers: Mapping[str, str] = MappingProxyType({})
 
     def __init_subclass__(cls) -> None:
         PROBLEMS[cls.code] = cls
@@ -44,6 +46,27 @@ class RequestTooLarge(PaymentError):
     title = "Request too large"
     meaning = "The body is over 16 KiB."
     advice = "Send only the documented fields."
+
+
+class Unauthenticated(PaymentError):
+    status, code, headers = 401, "unauthenticated", BEARER
+    title = "A valid token is needed"
+    meaning = "There is no bearer token, or it is not valid: detail says why."
+    advice = "Get a token from the issuer and send it as Authorization: Bearer."
+
+
+class Forbidden(PaymentError):
+    status, code = 403, "forbidden"
+    title = "The token does not allow this"
+    meaning = "The token is valid, but lacks the role, or the products service refuses it."
+    advice = "Ask whoever administers the issuer for the role that payments need."
+
+
+class AuthenticationUnavailable(PaymentError):
+    status, code, headers = 503, "authentication_unavailable", RETRY_AFTER
+    title = "The token cannot be checked now"
+    meaning = "The token names a key not seen before, and the issuer's keys cannot be fetched."
+    advice = "Try again after the time in Retry-After."
 
 
 class UserNotFound(PaymentError):

@@ -4,7 +4,8 @@ import asyncio
 import itertools
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import aiohttp
 import httpx
@@ -12,9 +13,11 @@ from postgrest.exceptions import APIError
 from postgrest.types import JSON
 from supabase import AsyncClient
 
+from app import metrics
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError, UserNotFound
 from app.outcomes import Outcome, read_batch, read_found, read_outcome
 from app.schemas import DebitRequest
+from app.tracing import dependency_call
 
 # Longer than the function's own statement_timeout (4 s), so that the database gives up first.
 CALL_TIMEOUT_SECONDS = 5.0
@@ -37,8 +40,11 @@ NOT_DONE_CODES = (
 # The connection to the database was lost, perhaps after the commit, or PostgREST itself failed.
 UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0")
 
-# The transport lets some of its own errors through, such as that of an answer that is no HTTP.
+# The transport lets some of its own errors through, such as that of an answer that is no HTTP;
+# a ValueError is an answer that is no JSON, or none of ours.
 CALL_ERRORS = (APIError, httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError)
+
+Answer = TypeVar("Answer")
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +113,13 @@ class Ledger:
             }
             for debit, key in debits
         ]
-        deadline = _now() + CALL_TIMEOUT_SECONDS
-        answer = await self._call("debit_use_batch", {"debits": wishes}, deadline)
-        try:
-            return read_batch(answer, [debit for debit, _ in debits])
-        except ValueError as error:
-            raise self._no_outcome("debit_use_batch", error) from error
+        metrics.BATCH_SIZE.observe(len(debits))
+        return await self._call(
+            "debit_use_batch",
+            {"debits": wishes},
+            _now() + CALL_TIMEOUT_SECONDS,
+            lambda answer: read_batch(answer, [debit for debit, _ in debits]),
+        )
 
     async def find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
         """Look up what was answered under a key; None if nothing is recorded.
@@ -122,8 +129,8 @@ class Ledger:
         """
         arguments: dict[str, JSON] = {"user_id_input": user_id, "idempotency_key_input": key}
         try:
-            return read_found(await self._call("find_payment", arguments, deadline))
-        except (PaymentError, ValueError) as error:
+            return await self._call("find_payment", arguments, deadline, read_found)
+        except PaymentError as error:
             raise LedgerUnavailable from error
 
     async def check(self) -> None:
@@ -138,9 +145,7 @@ class Ledger:
             "idempotency_key_input": None,
             "expected_price_input": None,
         }
-        answer = await self._call("debit_use", nobody, _now() + CALL_TIMEOUT_SECONDS)
-        if not isinstance(answer, dict) or answer.get("outcome") != UserNotFound.code:
-            raise self._no_outcome("debit_use", ValueError("not that of nobody's debit"))
+        await self._call("debit_use", nobody, _now() + CALL_TIMEOUT_SECONDS, _read_nobodys)
 
     async def _ask(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
         arguments: dict[str, JSON] = {
@@ -149,36 +154,48 @@ class Ledger:
             "idempotency_key_input": key,
             "expected_price_input": debit.expected_price,
         }
-        answer = await self._call("debit_use", arguments, deadline)
-        try:
-            return read_outcome(answer, debit)
-        except ValueError as error:
-            raise self._no_outcome("debit_use", error) from error
+        metrics.BATCH_SIZE.observe(1)
+        return await self._call(
+            "debit_use", arguments, deadline, lambda answer: read_outcome(answer, debit)
+        )
 
-    def _no_outcome(self, function: str, error: ValueError) -> OutcomeUnknown:
-        self.last_state = OutcomeUnknown.code
-        logger.warning("%s: the answer is no outcome: %s", function, _first_line(error))
-        return OutcomeUnknown()
-
-    async def _call(self, function: str, arguments: dict[str, JSON], deadline: float) -> JSON:
+    async def _call(
+        self,
+        function: str,
+        arguments: dict[str, JSON],
+        deadline: float,
+        read: Callable[[object], Answer],
+    ) -> Answer:
         try:
             async with asyncio.timeout_at(deadline):
                 await self._calls.acquire()
         except TimeoutError as error:
             raise LedgerUnavailable from error  # it was never sent
         try:
+            with dependency_call("ledger", function):
+                return await self._ask_once(function, arguments, deadline, read)
+        finally:
+            self._calls.release()
+
+    async def _ask_once(
+        self,
+        function: str,
+        arguments: dict[str, JSON],
+        deadline: float,
+        read: Callable[[object], Answer],
+    ) -> Answer:
+        try:
             async with asyncio.timeout_at(min(deadline, _now() + CALL_TIMEOUT_SECONDS)):
                 response = await self._supabase.rpc(function, arguments).execute()
+            answer = read(response.data)
         except CALL_ERRORS as error:
             failure = classify_failure(error)
             self.last_state = failure.code
             level = logging.ERROR if failure is LedgerRejected else logging.WARNING
             logger.log(level, "%s: %s: %s", function, failure.code, _describe(error))
             raise failure from error
-        finally:
-            self._calls.release()
         self.last_state = "ok"
-        return response.data
+        return answer
 
 
 def classify_failure(error: Exception) -> type[PaymentError]:
@@ -195,6 +212,11 @@ def classify_failure(error: Exception) -> type[PaymentError]:
     if code.startswith(NOT_DONE_CODES):
         return LedgerUnavailable
     return LedgerRejected
+
+
+def _read_nobodys(answer: object) -> None:
+    if not isinstance(answer, dict) or answer.get("outcome") != UserNotFound.code:
+        raise ValueError("the outcome is not that of nobody's debit")
 
 
 def _delay_seconds(calls: int) -> float:

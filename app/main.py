@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
@@ -16,27 +17,40 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from supabase import AsyncClient, AsyncClientOptions
 
+from app import __version__
+from app.auth import KEYS_TIMEOUT_SECONDS, Authentication, IssuerKeys
 from app.debit import Debits
 from app.errors import PaymentError
 from app.group_commit import GroupCommit
 from app.ledger import CALL_TIMEOUT_SECONDS, CALLS_MAX, Ledger
-from app.observability import RequestContext, configure_logging, pass_on_traceparent
+from app.logs import configure_logging
+from app.observability import RequestContext
 from app.problems import answer_http_exception, answer_invalid_parameters, answer_payment_error
 from app.products import PRODUCTS_TIMEOUT_SECONDS, Products
 from app.readiness import Readiness
-from app.routes import Services, add_routes
+from app.routes import PROTECTED_PATHS, Services, add_routes
 from app.schemas import DebitRequest, Payment, Problem
 from app.settings import Settings, SettingsError, load_settings
+from app.tracing import RequestSpans, pass_on_traceparent
 
 CONNECT_TIMEOUT_SECONDS = 1.0
 GARBAGE_THRESHOLD = 5_000  # objects; higher takes memory and gains nothing
 CONNECTION_IDLE_SECONDS_MAX = 5.0
 DNS_SECONDS_MAX = 10
 
+TOKEN_SCHEME = {
+    "type": "http",
+    "scheme": "bearer",
+    "bearerFormat": "JWT",
+    "description": "A token of the issuer that this service trusts.",
+}
+
 DESCRIPTION = """
 Charges a student's prepaid balance for an item. All money is integers in minor units (öre).
 Refusals and failures are problems (RFC 9457): decide on `code`, which `/problems` explains.
 """
+
+logger = logging.getLogger(__name__)
 
 
 class PaymentService(FastAPI):
@@ -45,31 +59,33 @@ class PaymentService(FastAPI):
     def __init__(self, settings: Settings | None = None) -> None:
         super().__init__(
             title="Payment service",
-            version="0.1.0",
+            version=__version__,
             description=DESCRIPTION,
             lifespan=_lifespan,
             redirect_slashes=False,
         )
         self.settings = settings
-        self.add_middleware(RequestContext)
+        self.add_middleware(RequestContext, routes=self.routes)
         self.add_exception_handler(PaymentError, answer_payment_error)
         self.add_exception_handler(RequestValidationError, answer_invalid_parameters)
         self.add_exception_handler(HTTPException, answer_http_exception)
         add_routes(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" and self.settings is None:
+        if scope["type"] == "lifespan":
             try:
-                self.settings = load_settings()
+                self.settings = self.settings or load_settings()
             except SettingsError as error:
                 # Raised in the lifespan it would reach the operator as a traceback.
                 await receive()
                 await send({"type": "lifespan.startup.failed", "message": str(error)})
                 return
+            if self.settings.otel_exporter_otlp_endpoint:
+                self.add_middleware(RequestSpans)
         await super().__call__(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
-        """Add the models that the routes read and write by hand."""
+        """Add the models that the routes read and write by hand, and whether a token is needed."""
         if self.openapi_schema is None:
             document = super().openapi()
             _, models = models_json_schema(
@@ -77,6 +93,11 @@ class PaymentService(FastAPI):
                 ref_template="#/components/schemas/{model}",
             )
             document.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
+            if self.settings and self.settings.auth_jwks_url:
+                document["components"]["securitySchemes"] = {"token": TOKEN_SCHEME}
+                for path in document["paths"].keys() & PROTECTED_PATHS:
+                    for operation in document["paths"][path].values():
+                        operation["security"] = [{"token": []}]
         return super().openapi()
 
 
@@ -86,6 +107,11 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
     assert settings is not None  # noqa: S101 - __call__ has read them
     configure_logging(settings.log_level)
     async with AsyncExitStack() as stack:
+        if settings.otel_exporter_otlp_endpoint:
+            # Where nobody asks for traces, their libraries take neither time nor memory.
+            from app.trace_export import exported_traces  # noqa: PLC0415
+
+            stack.enter_context(exported_traces(settings.otel_exporter_otlp_endpoint))
         products_client = await stack.enter_async_context(
             _http_client(PRODUCTS_TIMEOUT_SECONDS, settings.products_service_url)
         )
@@ -106,12 +132,34 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
             waiting_max=settings.debits_waiting_max,
             timeout_seconds=settings.request_timeout_seconds,
         )
-        services = Services(debits, products, ledger, Readiness())
+        authentication = await _open_authentication(stack, settings)
+        services = Services(authentication, debits, products, ledger, Readiness())
         stack.enter_context(services.readiness.ended_by_sigterm())
         waiting = asyncio.create_task(services.readiness.await_ledger(services.ledger))
         stack.push_async_callback(_cancel, waiting)
         _spare_the_garbage_collector()
         yield {"services": services}
+    logger.info("stopped")
+
+
+async def _open_authentication(stack: AsyncExitStack, settings: Settings) -> Authentication | None:
+    if settings.auth_jwks_url is None:
+        logger.warning(
+            "authentication is off: whoever reaches this service may charge anybody; "
+            "AUTH_JWKS_URL turns it on"
+        )
+        return None
+    if settings.auth_required_role is None:
+        logger.warning(
+            "AUTH_REQUIRED_ROLE is not set: whoever has a token of the issuer may charge anybody"
+        )
+    client = await stack.enter_async_context(_http_client(KEYS_TIMEOUT_SECONDS))
+    return Authentication(
+        IssuerKeys(client, settings.auth_jwks_url),
+        issuer=settings.auth_issuer,
+        audience=settings.auth_audience,
+        required_role=settings.auth_required_role,
+    )
 
 
 def _spare_the_garbage_collector() -> None:

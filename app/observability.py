@@ -1,70 +1,111 @@
-"""Request ids, trace context and logs."""
+"""What is known of each request from outside: its id, its line in the log, its measurements."""
 
 import logging
 import random
 import re
-from contextvars import ContextVar
+from collections.abc import Sequence
+from time import perf_counter
+from typing import Any
 
-import httpx
-from starlette.datastructures import Headers, MutableHeaders
+import structlog
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import metrics
 from app.errors import InternalError
 from app.problems import problem_response
+from app.tracing import RequestIds, request_now
 
-REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 # https://www.w3.org/TR/trace-context/#traceparent-header
-TRACEPARENT = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-
-traceparent_now: ContextVar[str | None] = ContextVar("traceparent_now", default=None)
+TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+CALLER_LEFT = 499  # nginx's status for a request whose caller did not wait
 
 logger = logging.getLogger(__name__)
-
-
-def configure_logging(level: str) -> None:
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per call says nothing new
-
-
-async def pass_on_traceparent(request: httpx.Request) -> None:
-    """Put the caller's trace context on a call to a dependency; a hook for httpx."""
-    if traceparent := traceparent_now.get():
-        request.headers["traceparent"] = traceparent
+request_log = structlog.get_logger()
 
 
 class RequestContext:
-    """Middleware: gives each request its id, and an honest answer to what nobody foresaw."""
+    """Middleware: gives each request its id, one line in the log, and an answer even to a bug."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
+        self._routes = routes
+        self._templates: dict[object, str] = {None: "unmatched"}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        request_id = headers.get("x-request-id", "")
-        if not REQUEST_ID.fullmatch(request_id):
-            request_id = f"{random.getrandbits(128):032x}"
-        traceparent = headers.get("traceparent", "")
-        traceparent_now.set(traceparent if TRACEPARENT.fullmatch(traceparent) else None)
-        scope.setdefault("state", {})["request_id"] = request_id
-        answered = False
+        started = perf_counter()
+        state = scope.setdefault("state", {})
+        ids = _read_ids(scope)
+        request_now.set(ids)
+        state["request_id"] = ids.request_id
+        request_id_header = (b"x-request-id", ids.request_id.encode())
+        status = 0
 
         async def send_with_request_id(message: Message) -> None:
-            nonlocal answered
+            nonlocal status
             if message["type"] == "http.response.start":
-                answered = True
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                status = message["status"]
+                message["headers"] = [*message["headers"], request_id_header]
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_request_id)
         except ClientDisconnect:
-            logger.info("request %s: the caller left before its body was there", request_id)
+            status, state["code"] = CALLER_LEFT, "caller_left"
         except Exception:  # the last line of defence: a bug still gets an answer
-            logger.exception("request %s failed", request_id)
-            if not answered:
-                response = problem_response(InternalError(), request_id)
+            logger.exception("request failed")
+            state["code"] = InternalError.code
+            if not status:
+                response = problem_response(InternalError(), ids.request_id)
                 await response(scope, receive, send_with_request_id)
+        self._note(scope, ids, status, perf_counter() - started)
+
+    def _note(self, scope: Scope, ids: RequestIds, status: int, seconds: float) -> None:
+        state: dict[str, Any] = scope["state"]
+        state["route"] = route = self._template(scope.get("endpoint"))
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        metrics.REQUEST_SECONDS.labels(method, route, str(status)).observe(seconds)
+        write = request_log.warning if status >= 500 else request_log.info
+        write(
+            "request",
+            request_id=ids.request_id,
+            trace_id=ids.trace_id,
+            method=method,
+            route=route,
+            status=status,
+            code=state.get("code", "ok"),
+            replayed=state.get("replayed", False),
+            milliseconds=round(seconds * 1000, 2),
+        )
+
+    def _template(self, endpoint: object) -> str:
+        """Find the path of the route, never the one that was sent: those have no end."""
+        template = self._templates.get(endpoint)
+        if template is None:
+            template = next(
+                route.path  # type: ignore[attr-defined]  # only routes with a path have endpoints
+                for route in self._routes
+                if endpoint in (getattr(route, "endpoint", None), getattr(route, "app", None))
+            )
+            self._templates[endpoint] = template
+        return template
+
+
+def _read_ids(scope: Scope) -> RequestIds:
+    """Take what the caller sent, if it is fit to use."""
+    headers = dict(scope["headers"])
+    request_id = headers.get(b"x-request-id", b"")
+    traceparent = headers.get(b"traceparent", b"")
+    return RequestIds(
+        request_id.decode()
+        if REQUEST_ID.fullmatch(request_id)
+        else f"{random.getrandbits(128):032x}",
+        scope["state"].get("traceparent")
+        or (traceparent.decode() if TRACEPARENT.fullmatch(traceparent) else None),
+    )

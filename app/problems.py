@@ -1,7 +1,6 @@
 """Problems as callers receive them (RFC 9457), and the catalogue that explains them."""
 
 import json
-import logging
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -25,10 +24,18 @@ from app.schemas import EXAMPLE_KEY, ProblemExplanation
 MEDIA_TYPE = "application/problem+json"
 EXAMPLE_REQUEST_ID = "0b0e3f6c9a554d2c8f0e4d0f8d0f6a11"
 REPLAYED = {"Idempotent-Replayed": "true"}
+HEADERS = {
+    "Retry-After": {
+        "description": "Seconds to wait before trying again.",
+        "schema": {"type": "integer"},
+    },
+    "WWW-Authenticate": {
+        "description": "How to authenticate (RFC 6750).",
+        "schema": {"type": "string"},
+    },
+}
 ERRORS_MAX = 20
 POINTER_LENGTH_MAX = 100
-
-logger = logging.getLogger(__name__)
 
 
 def problem_response(error: PaymentError, request_id: str) -> Response:
@@ -42,10 +49,7 @@ def problem_response(error: PaymentError, request_id: str) -> Response:
 
 async def answer_payment_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PaymentError)  # noqa: S101 - registered for this class alone
-    request_id = request.state.request_id
-    if error.status >= 500:
-        logger.warning("request %s: %s", request_id, error.code)
-    return problem_response(error, request_id)
+    return _answer(request, error)
 
 
 async def answer_invalid_parameters(request: Request, error: Exception) -> Response:
@@ -55,7 +59,7 @@ async def answer_invalid_parameters(request: Request, error: Exception) -> Respo
         {"parameter": str(fault["loc"][-1]), "detail": fault["msg"]} for fault in error.errors()
     ]
     problem = InvalidRequest("A parameter is not as documented", errors=faults[:ERRORS_MAX])
-    return problem_response(problem, request.state.request_id)
+    return _answer(request, problem)
 
 
 async def answer_http_exception(request: Request, error: Exception) -> Response:
@@ -63,9 +67,14 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class alone
     classes = {404: NotFound, 405: MethodNotAllowed}
     problem = classes.get(error.status_code, InternalError)()
-    response = problem_response(problem, request.state.request_id)
+    response = _answer(request, problem)
     response.headers.update(error.headers or {})
     return response
+
+
+def _answer(request: Request, error: PaymentError) -> Response:
+    request.state.code, request.state.replayed = error.code, error.replayed
+    return problem_response(error, request.state.request_id)
 
 
 def invalid_body(error: ValidationError) -> InvalidRequest:
@@ -115,10 +124,7 @@ def documented(*problems: type[PaymentError]) -> dict[int | str, dict[str, Any]]
             "value": _body(_example(problem), EXAMPLE_REQUEST_ID),
         }
         for name in problem.headers:
-            response.setdefault("headers", {})[name] = {
-                "description": "Seconds to wait before trying again.",
-                "schema": {"type": "integer"},
-            }
+            response.setdefault("headers", {})[name] = HEADERS[name]
     return responses
 
 

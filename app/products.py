@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from uuid import UUID
 
 import aiohttp
@@ -11,13 +12,26 @@ from async_lru import alru_cache
 from cachetools import TTLCache
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.errors import ItemNotFound, ProductsUnavailable
+from app.errors import Forbidden, ItemNotFound, ProductsUnavailable
+from app.tracing import dependency_call
 
 PRODUCTS_TIMEOUT_SECONDS = 2.0
 LAST_GOOD_SECONDS_MAX = 60.0
 ITEMS_MAX = 10_000
+REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+
+# What the caller proved itself with, for the products service to ask for too.
+callers_token: ContextVar[str | None] = ContextVar("callers_token", default=None)
 
 logger = logging.getLogger(__name__)
+
+
+class _TokenRefused(Exception):
+    """The products service does not take this caller's token."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__()
+        self.token = token
 
 
 class Item(BaseModel):
@@ -33,9 +47,9 @@ class Item(BaseModel):
 class Products:
     """Client of the products service; it asks once for an item in a while.
 
-    An answer is kept for `cache_seconds`, and requests for one item at a time share one call. When
-    the service fails, its last good answer is used for a while longer: what counts, the price and
-    whether the item is for sale, the ledger checks again.
+    An answer is kept for `cache_seconds`, for all callers, and requests for one item at a time
+    share one call. When the service fails, its last good answer is used for a while longer: what
+    counts, the price and whether the item is for sale, the ledger checks again.
     """
 
     def __init__(self, client: httpx.AsyncClient, cache_seconds: float) -> None:
@@ -51,30 +65,50 @@ class Products:
 
         Raises:
             ItemNotFound: the products service says that there is none.
+            Forbidden: it refuses the caller's token.
             ProductsUnavailable: it is down, slow, or its answer makes no sense.
         """
         try:
-            return await self._fetch(item_id)
+            return await self._fetch_shared(item_id)
+        except _TokenRefused:
+            raise Forbidden("The products service refuses the token") from None
         except ProductsUnavailable:
             if item := self._last_good.get(item_id):
                 return item
             raise
 
-    async def _fetch_item(self, item_id: UUID) -> Item:
+    async def _fetch_shared(self, item_id: UUID) -> Item:
         try:
-            async with asyncio.timeout(PRODUCTS_TIMEOUT_SECONDS):
-                response = await self._client.get(f"/items/{item_id}")
-            item = _read_item(response, item_id)
-        except (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
-            self.last_state = "unavailable"
-            logger.warning("products service: %s", type(error).__name__)
-            raise ProductsUnavailable from error
-        self.last_state = "ok"
-        if item is None:
-            self._last_good.pop(item_id, None)
-            raise ItemNotFound
+            return await self._fetch(item_id)
+        except _TokenRefused as refusal:
+            if refusal.token == callers_token.get():
+                raise
+            return await self._fetch_item(item_id)  # the shared call was made with another's
+
+    async def _fetch_item(self, item_id: UUID) -> Item:
+        with dependency_call("products", "get_item"):
+            try:
+                async with asyncio.timeout(PRODUCTS_TIMEOUT_SECONDS):
+                    item = await self._ask(item_id)
+            except (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
+                self.last_state = "unavailable"
+                logger.warning("products service: %s", type(error).__name__)
+                raise ProductsUnavailable from error
+            self.last_state = "ok"
+            if item is None:
+                self._last_good.pop(item_id, None)
+                raise ItemNotFound
         self._last_good[item_id] = item
         return item
+
+    async def _ask(self, item_id: UUID) -> Item | None:
+        token = callers_token.get()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        response = await self._client.get(f"/items/{item_id}", headers=headers)
+        if token and response.status_code in REFUSED:
+            logger.warning("products service: %d for a caller's token", response.status_code)
+            raise _TokenRefused(token)
+        return _read_item(response, item_id)
 
 
 def _read_item(response: httpx.Response, item_id: UUID) -> Item | None:

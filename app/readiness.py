@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from app import metrics
 from app.errors import LedgerRejected, PaymentError
 from app.ledger import Ledger
 
@@ -22,6 +23,7 @@ class Readiness:
 
     def __init__(self) -> None:
         self.status = "starting"
+        metrics.READY.set_function(lambda: self.status == "ready")
 
     async def await_ledger(self, ledger: Ledger) -> None:
         """Turn ready once the ledger has answered; until then the log says why it has not."""

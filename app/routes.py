@@ -7,14 +7,15 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
-from app import errors
+from app import errors, metrics
+from app.auth import Authentication
 from app.debit import Debits
 from app.ledger import Ledger
-from app.outcomes import Debited
+from app.outcomes import OUTCOME_ERRORS, Debited
 from app.problems import REPLAYED, documented, explain, invalid_body, invalid_header
-from app.products import Products
+from app.products import Products, callers_token
 from app.readiness import Readiness
 from app.schemas import (
     KEY_PATTERN,
@@ -29,6 +30,25 @@ from app.schemas import (
 from app.schemas import Readiness as ReadinessBody
 
 BODY_BYTES_MAX = 16 * 1024
+PROTECTED_PATHS = {"/payments/debit", "/payments/outcome"}
+
+TOKEN_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
+    errors.Unauthenticated,
+    errors.Forbidden,
+    errors.AuthenticationUnavailable,
+)
+DEBIT_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
+    *(errors.InvalidRequest, errors.RequestTooLarge),
+    *TOKEN_PROBLEMS,
+    *OUTCOME_ERRORS.values(),
+    *(errors.ProductsUnavailable, errors.LedgerUnavailable, errors.Overloaded),
+    *(errors.OutcomeUnknown, errors.LedgerRejected, errors.InternalError),
+)
+OUTCOME_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
+    errors.InvalidRequest,
+    *TOKEN_PROBLEMS,
+    *(errors.PaymentNotFound, errors.LedgerUnavailable, errors.InternalError),
+)
 
 KEY_HEADER = {
     "name": "Idempotency-Key",
@@ -47,6 +67,7 @@ REPLAYED_HEADER = {
 class Services:
     """What the routes work with; the lifespan makes it and closes it."""
 
+    authentication: Authentication | None
     debits: Debits
     products: Products
     ledger: Ledger
@@ -61,11 +82,31 @@ async def post_debit(request: Request) -> Response:
     price charged is the ledger's at that moment; `expected_price` makes the debit fail rather than
     charge another.
     """
+    try:
+        payment = await _take_debit(request)
+    except errors.PaymentError as problem:
+        counter = metrics.REPLAYS if problem.replayed else metrics.DEBITS
+        counter.labels(problem.code).inc()
+        raise
+    except Exception:
+        metrics.DEBITS.labels(errors.InternalError.code).inc()
+        raise
+    request.state.code, request.state.replayed = payment.outcome, payment.replayed
+    if payment.replayed:
+        metrics.REPLAYS.labels(payment.outcome).inc()
+        return _json(payment, headers=REPLAYED)
+    metrics.DEBITS.labels(payment.outcome).inc()
+    metrics.AMOUNT_DEBITED.inc(payment.amount)
+    return _json(payment)
+
+
+async def _take_debit(request: Request) -> Debited:
+    """Refuse in the order of the contract: what is malformed, who may not, what cannot be."""
     debit = await _read_debit(request)
     key = _read_key(request)
+    await _authenticate(request)
     services: Services = request.state.services
-    payment = await services.debits.debit_user_for_item(debit, key)
-    return _json(payment, headers=REPLAYED if payment.replayed else None)
+    return await services.debits.debit_user_for_item(debit, key)
 
 
 async def get_outcome(
@@ -77,6 +118,7 @@ async def get_outcome(
 
     Answers what the debit under this key answered: the payment, or the code of its decline.
     """
+    await _authenticate(request)
     services: Services = request.state.services
     outcome = await services.debits.find_outcome(user_id, idempotency_key)
     if outcome is None:
@@ -105,6 +147,11 @@ async def get_ready(request: Request) -> Response:
     return _json(body, status_code=200 if status == "ready" else 503)
 
 
+async def get_metrics() -> Response:
+    """What this process counted and measured, for Prometheus."""
+    return Response(metrics.render(), media_type=metrics.MEDIA_TYPE)
+
+
 async def get_problems() -> list[ProblemExplanation]:
     """The error catalogue."""
     return [explanation for code in errors.PROBLEMS if (explanation := explain(code))]
@@ -119,6 +166,7 @@ async def get_problem(code: str) -> ProblemExplanation:
 
 
 def add_routes(app: FastAPI) -> None:
+    metrics.announce_outcomes("debited", *(problem.code for problem in DEBIT_PROBLEMS))
     # The first route answers; the second, never reached, only documents it. FastAPI's own way
     # from a request to a function that reads it by hand would cost one debit in twenty.
     app.add_route("/payments/debit", post_debit, methods=["POST"], include_in_schema=False)
@@ -135,16 +183,7 @@ def add_routes(app: FastAPI) -> None:
                 "content": {"application/json": _documented(Payment)},
                 "headers": {"Idempotent-Replayed": REPLAYED_HEADER},
             },
-            **documented(
-                errors.InvalidRequest,
-                *(errors.IdempotencyKeyReused, errors.RequestTooLarge),
-                *(errors.UserNotFound, errors.UserInactive),
-                *(errors.ItemNotFound, errors.ItemInactive),
-                *(errors.PriceChanged, errors.InsufficientFunds),
-                *(errors.ProductsUnavailable, errors.LedgerUnavailable),
-                errors.Overloaded,
-                *(errors.OutcomeUnknown, errors.LedgerRejected, errors.InternalError),
-            ),
+            **documented(*DEBIT_PROBLEMS),
         },
         openapi_extra={
             "requestBody": {
@@ -162,10 +201,7 @@ def add_routes(app: FastAPI) -> None:
         response_model=None,
         responses={
             200: {"model": Payment | DeclinedPayment},
-            **documented(
-                errors.InvalidRequest,
-                *(errors.PaymentNotFound, errors.LedgerUnavailable, errors.InternalError),
-            ),
+            **documented(*OUTCOME_PROBLEMS),
         },
     )
     app.add_api_route("/health", get_health, summary="Liveness")
@@ -177,6 +213,13 @@ def add_routes(app: FastAPI) -> None:
         response_model=ReadinessBody,
         responses={503: not_ready},
     )
+    app.add_api_route(
+        "/metrics",
+        get_metrics,
+        summary="Metrics",
+        response_class=PlainTextResponse,
+        response_description="Prometheus' text format.",
+    )
     app.add_api_route("/problems", get_problems, summary="The error catalogue")
     app.add_api_route(
         "/problems/{code}",
@@ -184,6 +227,14 @@ def add_routes(app: FastAPI) -> None:
         summary="One entry of the error catalogue",
         responses=documented(errors.NotFound),
     )
+
+
+async def _authenticate(request: Request) -> None:
+    """Check the caller's token, and keep it for the products service; where that is asked for."""
+    services: Services = request.state.services
+    if services.authentication:
+        authorization = request.headers.get("authorization")
+        callers_token.set(await services.authentication.authenticate(authorization))
 
 
 async def _read_debit(request: Request) -> DebitRequest:

@@ -1,22 +1,36 @@
 """The environment, read in one place, once, at start."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, SecretStr, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
-def _service_address(address: str) -> str:
+def _web_address(address: str) -> str:
     try:
         parts = urlsplit(address)
         named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         named = False
-    if not named or parts.query or parts.fragment or any(c.isspace() for c in address):
+    if not named or parts.fragment or any(c.isspace() for c in address):
         raise ValueError("should be an address such as https://abc.supabase.co")
     if parts.username or parts.password:
         raise ValueError("should not hold a user name or password")
+    return address
+
+
+def _service_address(address: str) -> str:
+    parts = urlsplit(_web_address(address))
+    if parts.query:
+        raise ValueError("should be an address without a query")
     if "/rest/v1" in parts.path:
         raise ValueError("should be the project's address without /rest/v1")
     return address.rstrip("/")
@@ -29,9 +43,9 @@ def _header_value(secret: SecretStr) -> SecretStr:
     return SecretStr(text)
 
 
-ServiceAddress = Annotated[
-    str, StringConstraints(strip_whitespace=True), AfterValidator(_service_address)
-]
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+KeysAddress = Annotated[Name, AfterValidator(_web_address)]
+ServiceAddress = Annotated[Name, AfterValidator(_service_address)]
 
 
 class SettingsError(Exception):
@@ -66,9 +80,28 @@ class Settings(BaseSettings):
     request_timeout_seconds: float = Field(
         8.0, ge=1, le=15, description="After this long a debit is answered, settled or not."
     )
+    auth_jwks_url: KeysAddress | None = Field(
+        None, description="Where the issuer of tokens publishes its keys; turns authentication on."
+    )
+    auth_issuer: Name | None = Field(None, description="What a token's iss has to be.")
+    auth_audience: Name | None = Field(None, description="What a token's aud has to name.")
+    auth_required_role: Name | None = Field(
+        None, description="The role or scope that a token has to carry."
+    )
+    otel_exporter_otlp_endpoint: ServiceAddress | None = Field(
+        None, description="A collector of traces that speaks OTLP over HTTP; turns traces on."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO", description="How much is logged."
     )
+
+    @model_validator(mode="after")
+    def _no_rules_without_keys(self) -> Self:
+        if self.auth_jwks_url is None and (
+            self.auth_issuer or self.auth_audience or self.auth_required_role
+        ):
+            raise ValueError("AUTH_JWKS_URL is missing: without it no other AUTH_ setting applies")
+        return self
 
 
 def load_settings() -> Settings:
@@ -81,7 +114,7 @@ def load_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         problems = [
-            f"  {'.'.join(str(part) for part in problem['loc']).upper()}: {problem['msg']}"
+            "  " + ": ".join([*(str(part).upper() for part in problem["loc"]), problem["msg"]])
             for problem in error.errors(include_url=False, include_input=False)
         ]
         raise SettingsError(

@@ -159,7 +159,19 @@ def test_every_response_of_the_debit_is_documented_with_an_example(
     document: dict[str, Any],
 ) -> None:
     responses = document["paths"]["/payments/debit"]["post"]["responses"]
-    assert set(responses) == {"200", "402", "403", "404", "409", "413", "422", "500", "503", "504"}
+    assert set(responses) == {
+        "200",
+        "401",
+        "402",
+        "403",
+        "404",
+        "409",
+        "413",
+        "422",
+        "500",
+        "503",
+        "504",
+    }
     for status, response in responses.items():
         assert response["description"]
         if status == "200":
