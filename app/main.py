@@ -20,6 +20,7 @@ from supabase import AsyncClient, AsyncClientOptions
 from app import __version__
 from app.auth import KEYS_TIMEOUT_SECONDS, Authentication, IssuerKeys
 from app.debit import Debits
+from app.documentation import add_documentation
 from app.errors import PaymentError
 from app.group_commit import GroupCommit
 from app.ledger import CALL_TIMEOUT_SECONDS, CALLS_MAX, Ledger
@@ -62,6 +63,8 @@ class PaymentService(FastAPI):
             version=__version__,
             description=DESCRIPTION,
             lifespan=_lifespan,
+            docs_url=None,  # add_documentation brings both pages without their CDN
+            redoc_url=None,
             redirect_slashes=False,
         )
         self.settings = settings
@@ -70,6 +73,7 @@ class PaymentService(FastAPI):
         self.add_exception_handler(RequestValidationError, answer_invalid_parameters)
         self.add_exception_handler(HTTPException, answer_http_exception)
         add_routes(self)
+        add_documentation(self)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -80,6 +84,7 @@ class PaymentService(FastAPI):
                 await receive()
                 await send({"type": "lifespan.startup.failed", "message": str(error)})
                 return
+            configure_logging(self.settings.log_level)
             if self.settings.otel_exporter_otlp_endpoint:
                 self.add_middleware(RequestSpans)
         await super().__call__(scope, receive, send)
@@ -105,7 +110,6 @@ class PaymentService(FastAPI):
 async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
     settings = app.settings
     assert settings is not None  # noqa: S101 - __call__ has read them
-    configure_logging(settings.log_level)
     async with AsyncExitStack() as stack:
         if settings.otel_exporter_otlp_endpoint:
             # Where nobody asks for traces, their libraries take neither time nor memory.

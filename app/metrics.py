@@ -23,6 +23,7 @@ DEBITS = Counter(
     "Debits answered for the first time, by outcome: debited, or the problem's code.",
     ("outcome",),
 )
+DEBITED = DEBITS.labels("debited")
 REPLAYS = Counter(
     "payment_replays", "Debits answered as an earlier request was, by outcome.", ("outcome",)
 )

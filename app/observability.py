@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import structlog
+from prometheus_client import Histogram
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,7 +25,6 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 CALLER_LEFT = 499  # nginx's status for a request whose caller did not wait
 
 logger = logging.getLogger(__name__)
-request_log = structlog.get_logger()
 
 
 class RequestContext:
@@ -33,7 +33,8 @@ class RequestContext:
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
         self._routes = routes
-        self._templates: dict[object, str] = {None: "unmatched"}
+        self._timers: dict[tuple[object, str, int], tuple[str, Histogram]] = {}
+        self._log = structlog.get_logger().bind()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,33 +69,38 @@ class RequestContext:
 
     def _note(self, scope: Scope, ids: RequestIds, status: int, seconds: float) -> None:
         state: dict[str, Any] = scope["state"]
-        state["route"] = route = self._template(scope.get("endpoint"))
         method = scope["method"] if scope["method"] in METHODS else "other"
-        metrics.REQUEST_SECONDS.labels(method, route, str(status)).observe(seconds)
-        write = request_log.warning if status >= 500 else request_log.info
+        known = (scope.get("endpoint"), method, status)
+        # Looking a label up costs more than the measurement.
+        route, timer = self._timers.get(known) or self._add_timer(*known)
+        timer.observe(seconds)
+        state["route"] = route
+        write = self._log.warning if status >= 500 else self._log.info
         write(
             "request",
-            request_id=ids.request_id,
-            trace_id=ids.trace_id,
             method=method,
             route=route,
             status=status,
             code=state.get("code", "ok"),
             replayed=state.get("replayed", False),
             milliseconds=round(seconds * 1000, 2),
+            request_id=ids.request_id,
+            trace_id=ids.trace_id,
         )
 
-    def _template(self, endpoint: object) -> str:
+    def _add_timer(self, endpoint: object, method: str, status: int) -> tuple[str, Histogram]:
         """Find the path of the route, never the one that was sent: those have no end."""
-        template = self._templates.get(endpoint)
-        if template is None:
-            template = next(
-                route.path  # type: ignore[attr-defined]  # only routes with a path have endpoints
+        route = next(
+            (
+                getattr(route, "path", "")
                 for route in self._routes
-                if endpoint in (getattr(route, "endpoint", None), getattr(route, "app", None))
-            )
-            self._templates[endpoint] = template
-        return template
+                if endpoint in (getattr(route, "endpoint", route), getattr(route, "app", route))
+            ),
+            "unmatched",
+        )
+        timer = metrics.REQUEST_SECONDS.labels(method, route, str(status))
+        self._timers[endpoint, method, status] = route, timer
+        return route, timer
 
 
 def _read_ids(scope: Scope) -> RequestIds:

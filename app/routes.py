@@ -91,11 +91,12 @@ async def post_debit(request: Request) -> Response:
     except Exception:
         metrics.DEBITS.labels(errors.InternalError.code).inc()
         raise
-    request.state.code, request.state.replayed = payment.outcome, payment.replayed
+    request.scope["state"]["code"] = payment.outcome
     if payment.replayed:
+        request.state.replayed = True
         metrics.REPLAYS.labels(payment.outcome).inc()
         return _json(payment, headers=REPLAYED)
-    metrics.DEBITS.labels(payment.outcome).inc()
+    metrics.DEBITED.inc()
     metrics.AMOUNT_DEBITED.inc(payment.amount)
     return _json(payment)
 
@@ -104,8 +105,9 @@ async def _take_debit(request: Request) -> Debited:
     """Refuse in the order of the contract: what is malformed, who may not, what cannot be."""
     debit = await _read_debit(request)
     key = _read_key(request)
-    await _authenticate(request)
     services: Services = request.state.services
+    if services.authentication:
+        await _authenticate(request, services.authentication)
     return await services.debits.debit_user_for_item(debit, key)
 
 
@@ -118,8 +120,9 @@ async def get_outcome(
 
     Answers what the debit under this key answered: the payment, or the code of its decline.
     """
-    await _authenticate(request)
     services: Services = request.state.services
+    if services.authentication:
+        await _authenticate(request, services.authentication)
     outcome = await services.debits.find_outcome(user_id, idempotency_key)
     if outcome is None:
         raise errors.PaymentNotFound
@@ -229,12 +232,10 @@ def add_routes(app: FastAPI) -> None:
     )
 
 
-async def _authenticate(request: Request) -> None:
-    """Check the caller's token, and keep it for the products service; where that is asked for."""
-    services: Services = request.state.services
-    if services.authentication:
-        authorization = request.headers.get("authorization")
-        callers_token.set(await services.authentication.authenticate(authorization))
+async def _authenticate(request: Request, authentication: Authentication) -> None:
+    """Check the caller's token, and keep it for the products service, which asks for one."""
+    authorization = request.headers.get("authorization")
+    callers_token.set(await authentication.authenticate(authorization))
 
 
 async def _read_debit(request: Request) -> DebitRequest:
