@@ -176,7 +176,7 @@ def _read_keys(document: object) -> dict[str | None, IssuerKey]:
     for one in document["keys"]:
         try:
             key = jwt.PyJWK(one)
-        except (jwt.PyJWTError, AttributeError, TypeError, ValueError):
+        except (jwt.PyJWTError, LookupError, AttributeError, TypeError, ValueError):
             continue
         if key.public_key_use in (None, "sig") and key.algorithm_name in ALGORITHMS:
             # An RSA key that does not say for which algorithm it is goes with any of its kind.

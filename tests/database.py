@@ -1,9 +1,13 @@
 """The database as its owner sees it, with what a test needs put in and looked up."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import UUID, uuid4
 
 import psycopg
+
+from devstack.postgres import database_url
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,13 @@ class Database:
             (users,),
         )
         return [row[0] for row in rows]
+
+
+@contextmanager
+def locked(port: int, *users: int) -> Iterator[psycopg.Connection]:
+    """Hold users' rows, so that their debits get as far as the database and wait there."""
+    with psycopg.connect(database_url(port)) as somebody:
+        somebody.execute(
+            'select from public."Users" where card_id = any(%s) for update', (list(users),)
+        )
+        yield somebody

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Self
+from typing import IO, Self
 
 import httpx
 import uvicorn
@@ -44,11 +44,16 @@ def served(app: ASGIApp) -> Iterator[str]:
 
 @contextmanager
 def service_process(
-    supabase_url: str, products_service_url: str, *, port: int = 0, **settings: str
+    supabase_url: str,
+    products_service_url: str,
+    *,
+    port: int = 0,
+    log: IO[bytes] | int | None = None,
+    **settings: str,
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Run the payment service as operators do, as a process; yields it, ready, and its address.
 
-    At the end of the block it is killed, if it has not ended before.
+    At the end of the block it is killed, if it has not ended before. `log` takes its log.
     """
     port = port or free_port()
     environment = {
@@ -60,7 +65,9 @@ def service_process(
     command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port)]
     command += ["--log-level", "warning", "--no-access-log"]
     with subprocess.Popen(
-        [*command, "--timeout-graceful-shutdown", "20"], env=os.environ | environment
+        [*command, "--timeout-graceful-shutdown", "20"],
+        env=os.environ | environment,
+        stderr=log,
     ) as process:
         try:
             url = f"http://127.0.0.1:{port}"

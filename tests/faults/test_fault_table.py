@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 
 import httpx
-import psycopg
 import pytest
-from database import Database
+from database import Database, locked
 from faulty_gateway import FAULTS, FaultyGateway
 from servers import SocketServer, free_port, http_answer
-
-from devstack.postgres import database_url
 
 Start = Callable[..., httpx.Client]
 
@@ -141,8 +138,7 @@ def test_a_row_that_stays_locked_is_not_charged(
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
     body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
-    with psycopg.connect(database_url(migrated_port)) as somebody:
-        somebody.execute('select from public."Users" where card_id = %s for update', (user_id,))
+    with locked(migrated_port, user_id) as somebody:
         answer = post_debit(service, body, "key")
         somebody.rollback()
     assert answer.json()["code"] == "ledger_unavailable"
@@ -154,8 +150,7 @@ def test_a_row_that_is_locked_for_a_while_is_waited_for(
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
     body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
-    with psycopg.connect(database_url(migrated_port)) as somebody:
-        somebody.execute('select from public."Users" where card_id = %s for update', (user_id,))
+    with locked(migrated_port, user_id) as somebody:
         released = threading.Timer(2.5, somebody.rollback)  # after the first lock timeout of 2 s
         released.start()
         answer = post_debit(service, body, "key")

@@ -8,14 +8,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from uuid import UUID
 
 import httpx
 import psycopg
 import pytest
-from database import Database
+from database import Database, locked
 from servers import free_port, make_settings, served, service_process
 
 from app.main import PaymentService
@@ -41,16 +40,6 @@ def post_debit(url: str, user_id: int, item_id: UUID, key: str) -> httpx.Respons
         headers={"Idempotency-Key": key},
         timeout=30,
     )
-
-
-@contextmanager
-def locked(port: int, *users: int) -> Iterator[None]:
-    """Hold users' rows, so that their debits get as far as the database and wait there."""
-    with psycopg.connect(database_url(port)) as somebody:
-        somebody.execute(
-            'select from public."Users" where card_id = any(%s) for update', (list(users),)
-        )
-        yield
 
 
 def await_waiting(database: Database, debits: int) -> None:

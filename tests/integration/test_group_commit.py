@@ -12,10 +12,8 @@ from uuid import UUID, uuid4
 import httpx
 import psycopg
 import pytest
-from database import Database
+from database import Database, locked
 from faulty_gateway import FAULTS, FaultyGateway
-
-from devstack.postgres import database_url
 
 Start = Callable[..., httpx.Client]
 
@@ -129,8 +127,7 @@ def test_one_locked_row_holds_up_nobody_else(
     users = [database.add_user() for _ in range(DEBITS)]
     service = start(start_service, gateway)
     with ThreadPoolExecutor(5) as clients:
-        with psycopg.connect(database_url(migrated_port)) as somebody:
-            somebody.execute('select from public."Users" where card_id = %s for update', (stuck,))
+        with locked(migrated_port, stuck):
             waiting = [clients.submit(post, service, stuck, item_id, f"{n}") for n in range(5)]
             time.sleep(0.1)  # until the lanes have met the locked row
             started = time.monotonic()
@@ -250,8 +247,7 @@ def test_a_user_whose_row_is_held_is_busy_and_nothing_is_done(
     database: Database, migrated_port: int
 ) -> None:
     held, free, item_id = database.add_user(), database.add_user(), database.add_item()
-    with psycopg.connect(database_url(migrated_port)) as somebody:
-        somebody.execute('select from public."Users" where card_id = %s for update', (held,))
+    with locked(migrated_port, held):
         outcomes = batch(database.connection, wish(held, item_id, "a"), wish(free, item_id, "a"))
     assert [outcome["outcome"] for outcome in outcomes] == ["busy", "debited"]
     assert database.debits(held) == []

@@ -187,7 +187,3 @@ def test_every_reference_in_the_document_leads_somewhere(document: dict[str, Any
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(document["components"]["schemas"])
     assert {"DebitRequest", "Payment", "Problem"} <= references
-
-
-def test_swagger_ui_is_served(service: httpx.Client) -> None:
-    assert "swagger-ui" in service.get("/docs").text

@@ -1,0 +1,177 @@
+"""What /metrics shows after a run, of a process that nobody else uses."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from database import Database, locked
+from prometheus_client.parser import text_string_to_metric_families
+from servers import RawServer, service_process
+
+from app import __version__
+from app.routes import DEBIT_PROBLEMS
+
+Samples = dict[tuple[str, ...], float]
+
+
+@contextmanager
+def running(
+    supabase_url: str, products_url: str, waiting_max: int = 1000
+) -> Iterator[httpx.Client]:
+    limit = str(waiting_max)
+    with (
+        service_process(supabase_url, products_url, DEBITS_WAITING_MAX=limit) as (_, url),
+        httpx.Client(base_url=url, timeout=30, limits=httpx.Limits(max_connections=100)) as client,
+    ):
+        yield client
+
+
+@pytest.fixture
+def service(gateway_url: str, products_url: str) -> Iterator[httpx.Client]:
+    with running(gateway_url, products_url) as client:
+        yield client
+
+
+def read(service: httpx.Client) -> Samples:
+    """Read all samples, by name and label values."""
+    answer = service.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def debit(service: httpx.Client, user_id: int, item_id: object, key: str = "") -> int:
+    headers = {"Idempotency-Key": key} if key else {}
+    body = {"user_id": user_id, "item_id": str(item_id)}
+    return service.post("/payments/debit", json=body, headers=headers).status_code
+
+
+def test_debits_are_counted_by_outcome_with_their_amount_and_replays_apart(
+    service: httpx.Client, database: Database
+) -> None:
+    user_id, item_id = database.add_user(balance=1000), database.add_item(price=350)
+    assert [debit(service, user_id, item_id, key) for key in "aabb"] == [200] * 4
+    assert [debit(service, user_id, item_id, key) for key in "cc"] == [402] * 2
+    assert service.post("/payments/debit", json={}).status_code == 422
+    samples = read(service)
+    outcomes = {
+        name[1]: value
+        for name, value in samples.items()
+        if name[0] == "payment_debits_total" and value
+    }
+    assert outcomes == {"debited": 2, "insufficient_funds": 1, "invalid_request": 1}
+    assert samples["payment_amount_debited_minor_units_total",] == 700
+    assert samples["payment_replays_total", "debited"] == 2
+    assert samples["payment_replays_total", "insufficient_funds"] == 1
+
+
+def test_every_outcome_is_there_from_the_start(service: httpx.Client) -> None:
+    samples = read(service)
+    for code in ("debited", *(problem.code for problem in DEBIT_PROBLEMS)):
+        assert samples["payment_debits_total", code] == 0
+
+
+def test_requests_are_counted_by_route_method_and_status(service: httpx.Client) -> None:
+    for code in ("insufficient_funds", "overloaded", "no-such-code"):
+        service.get(f"/problems/{code}")
+    samples = read(service)
+    name = "http_request_duration_seconds_count"
+    assert samples[name, "GET", "/problems/{code}", "200"] == 2
+    assert samples[name, "GET", "/problems/{code}", "404"] == 1
+
+
+def test_no_label_grows_with_users_items_paths_or_methods(
+    service: httpx.Client, database: Database
+) -> None:
+    def use(number: int) -> None:
+        debit(service, database.add_user(), database.add_item(), f"key-{number}")
+        debit(service, 10**17 + number, database.add_item())
+        service.get(f"/path-{number}?user={number}")
+        service.get(f"/problems/code-{number}")
+        service.get(f"/docs/assets/{number}")
+        service.get("/health", headers={"X-Request-ID": f"id-{number}"})
+        service.request(f"METHOD{number}", "/health")
+        service.request(["PROPFIND", "MKCOL", "PURGE"][number % 3], "/payments/debit")
+
+    read(service)
+    for number in range(3):
+        use(number)
+    before = set(read(service))
+    for number in range(3, 20):
+        use(number)
+    assert set(read(service)) == before
+    assert len(before) < 700
+
+
+def test_calls_to_the_dependencies_are_counted_by_outcome(
+    service: httpx.Client, database: Database
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    debit(service, user_id, item_id, "a")
+    debit(service, user_id, "00000000-0000-4000-8000-00000000dead")
+    query = {"user_id": str(user_id), "idempotency_key": "a"}
+    service.get("/payments/outcome", params=query)
+    samples = read(service)
+    name = "payment_dependency_call_duration_seconds_count"
+    assert samples[name, "ledger", "debit_use", "ok"] >= 2  # one of them when it got ready
+    assert samples[name, "ledger", "find_payment", "ok"] == 1
+    assert samples[name, "products", "get_item", "ok"] == 1
+    assert samples[name, "products", "get_item", "item_not_found"] == 1
+
+
+def test_a_failing_dependency_shows_what_its_calls_came_to(
+    gateway_url: str, database: Database
+) -> None:
+    with RawServer(b"") as products, running(gateway_url, products.url) as service:
+        debit(service, database.add_user(), database.add_item())
+        samples = read(service)
+    name = "payment_dependency_call_duration_seconds_count"
+    assert samples[name, "products", "get_item", "products_unavailable"] == 1
+    assert samples["payment_debits_total", "products_unavailable"] == 1
+
+
+def test_batches_lanes_and_what_is_under_way_are_shown(
+    service: httpx.Client, database: Database
+) -> None:
+    users, item_id = [database.add_user() for _ in range(60)], database.add_item()
+    debit(service, users[0], item_id)
+    with ThreadPoolExecutor(60) as pool:
+        assert set(pool.map(lambda user: debit(service, user, item_id), users)) == {200}
+    samples = read(service)
+    assert samples["payment_batch_size_sum",] == 61
+    assert samples["payment_batch_size_count",] < 61
+    assert samples["payment_batch_size_bucket", "64.0"] == samples["payment_batch_size_count",]
+    assert samples["payment_lane_depth", "0"] == samples["payment_lane_depth", "1"] == 0
+    assert samples["payment_debits_waiting",] == 0
+    assert samples["payment_debits_waiting_max",] == 1000
+
+
+def test_what_waits_and_what_is_refused_is_shown_while_the_ledger_is_stuck(
+    gateway_url: str, products_url: str, database: Database, migrated_port: int
+) -> None:
+    users, item_id = [database.add_user() for _ in range(12)], database.add_item()
+    with running(gateway_url, products_url, waiting_max=5) as service:
+        debit(service, users[0], item_id)
+        with ThreadPoolExecutor(5) as pool:
+            with locked(migrated_port, users[1]):
+                stuck = [pool.submit(debit, service, users[1], item_id) for _ in range(5)]
+                while read(service)["payment_debits_waiting",] < 5:
+                    pass
+                assert debit(service, users[2], item_id) == 503
+                samples = read(service)
+            assert {one.result() for one in stuck} == {200}
+    assert samples["payment_debits_total", "overloaded"] == 1
+    assert samples["payment_lane_depth", str(users[1] % 2)] == 4  # one is with the ledger
+
+
+def test_it_tells_what_runs_and_whether_it_is_ready(service: httpx.Client) -> None:
+    samples = read(service)
+    (build,) = [name for name in samples if name[0] == "payment_build_info"]
+    assert __version__ in build
+    assert samples["payment_ready",] == 1
+    assert samples["process_resident_memory_bytes",] > 0

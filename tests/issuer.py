@@ -1,0 +1,74 @@
+"""An issuer of tokens on loopback: real keys, real signatures, and a JWK set over HTTP."""
+
+import json
+import socket
+import time
+from functools import cache
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+from servers import SocketServer, http_answer
+
+ISSUER = "https://login.example.org/realms/shop"
+AUDIENCE = "payment-service"
+ROLE = "payments"
+
+
+@cache
+def private_key(name: str, algorithm: str) -> Any:
+    """Make a key of the kind that the algorithm signs with; the same one for the same name."""
+    del name
+    if algorithm.startswith("ES"):
+        return ec.generate_private_key(ec.SECP256R1() if algorithm == "ES256" else ec.SECP384R1())
+    if algorithm == "EdDSA":
+        return ed25519.Ed25519PrivateKey.generate()
+    return rsa.generate_private_key(65537, 2048)
+
+
+def public_pem(name: str, algorithm: str) -> bytes:
+    key = private_key(name, algorithm).public_key()
+    pem: bytes = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    return pem
+
+
+def published(name: str, algorithm: str, **members: str) -> dict[str, Any]:
+    """Write a public key as a member of a JWK set."""
+    makers = {"E": OKPAlgorithm if algorithm == "EdDSA" else ECAlgorithm}
+    maker = makers.get(algorithm[0], RSAAlgorithm)
+    jwk = maker.to_jwk(private_key(name, algorithm).public_key(), as_dict=True)
+    return {**jwk, "kid": name, "use": "sig", "alg": algorithm, **members}
+
+
+def make_token(
+    key: str = "first", algorithm: str = "RS256", *, key_id: str | None = None, **claims: Any
+) -> str:
+    """Sign a token that is valid for a minute, unless the claims say otherwise; None leaves out."""
+    all_claims = {
+        "iss": ISSUER,
+        "aud": AUDIENCE,
+        "exp": int(time.time()) + 60,
+        "realm_access": {"roles": ["offline_access", ROLE]},
+        **claims,
+    }
+    present = {name: value for name, value in all_claims.items() if value is not None}
+    headers = {"kid": key_id or key}
+    return jwt.encode(present, private_key(key, algorithm), algorithm=algorithm, headers=headers)
+
+
+class Issuer(SocketServer):
+    """Publishes keys, counts who asks for them, and can go down."""
+
+    def __init__(self, *keys: dict[str, Any]) -> None:
+        super().__init__(self._publish)
+        self.keys = list(keys) or [published("first", "RS256")]
+        self.calls = 0
+        self.is_up = True
+
+    def _publish(self, connection: socket.socket, request: bytes) -> None:
+        del request
+        self.calls += 1
+        body = json.dumps({"keys": self.keys}).encode()
+        connection.sendall(http_answer("200 OK", body) if self.is_up else b"")
