@@ -66,6 +66,8 @@ class PaymentService(FastAPI):
             docs_url=None,  # add_documentation brings both pages without their CDN
             redoc_url=None,
             redirect_slashes=False,
+            # RequestSpans instead: FastAPI's own spans hold the query, and that callers' keys.
+            telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         self.settings = settings
         self.add_middleware(RequestContext, routes=self.routes)

@@ -1,8 +1,6 @@
 """/docs and /redoc in a real browser: they work, and nothing of them comes from elsewhere."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -22,10 +20,10 @@ from playwright.sync_api import (
     expect,
     sync_playwright,
 )
+from programs import find_program
 
 from devstack.postgres import apply_seed, database_url
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -81,14 +79,7 @@ Watch = Callable[[httpx.Client], Watched]
 
 @pytest.fixture(scope="module")
 def browser_path() -> str:
-    """Where the browser is; CI must have one."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        reason = f"needs a browser; this machine has none of {', '.join(BROWSERS)}"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
+    return find_program("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")  # its event loop stays in this thread until it is closed

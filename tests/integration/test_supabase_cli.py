@@ -1,14 +1,13 @@
 """The real Supabase CLI takes the folder supabase/ and finds nothing to say about the result."""
 
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Callable
 
 import psycopg
 import pytest
 from database import Database
+from programs import find_program, unavailable
 
 from devstack.postgres import SUPABASE_DIRECTORY, database_url
 
@@ -21,10 +20,11 @@ Cli = Callable[..., str]
 @pytest.fixture(scope="module")
 def cli() -> Cli:
     """Run the CLI and return its standard output; CI must have it."""
+    npx = find_program("npx")
 
     def run(*arguments: str) -> str:
         ended = subprocess.run(
-            ["npx", "--yes", CLI, *arguments, "--workdir", str(SUPABASE_DIRECTORY.parent)],
+            [npx, "--yes", CLI, *arguments, "--workdir", str(SUPABASE_DIRECTORY.parent)],
             capture_output=True,
             text=True,
             check=False,
@@ -34,13 +34,6 @@ def cli() -> Cli:
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
-    def unavailable(reason: str) -> None:
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-
-    if shutil.which("npx") is None:
-        unavailable("the Supabase CLI needs Node.js, which is not on this machine")
     try:
         run("--version")
     except (AssertionError, subprocess.TimeoutExpired) as error:

@@ -1,0 +1,170 @@
+"""Traces, as a real receiver of OTLP gets them from the service as a process."""
+
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from database import Database
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from servers import SocketServer, free_port, http_answer, served, service_process
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from devstack.gateway import create_gateway
+from devstack.keys import JWT_SECRET
+from devstack.postgres import database_url
+from devstack.products import create_products
+
+TRACE_ID, CALLERS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+class Collector(SocketServer):
+    """Takes spans as OpenTelemetry's exporter sends them: protobuf over HTTP."""
+
+    def __init__(self) -> None:
+        super().__init__(self._take)
+        self.spans: list[Span] = []
+        self.services: set[str] = set()
+
+    def _take(self, connection: socket.socket, request: bytes) -> None:
+        assert request.startswith(b"POST /v1/traces ")
+        body = request.partition(b"\r\n\r\n")[2]
+        for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+            names = {one.key: one.value.string_value for one in resource.resource.attributes}
+            self.services.add(names["service.name"])
+            for scope in resource.scope_spans:
+                self.spans += scope.spans
+        connection.sendall(http_answer("200 OK", b"", "application/x-protobuf"))
+
+    def await_spans(self, route: str, count: int) -> list[Span]:
+        """Wait for the spans of so many requests; their calls' have come with or before them."""
+        deadline = time.monotonic() + 10
+        while True:
+            found = [span for span in self.spans if span.name == route]
+            if len(found) >= count:
+                return found
+            assert time.monotonic() < deadline, f"{len(found)} of {count}"
+            time.sleep(0.02)
+
+
+class Watched:
+    """An application before which the trace context of each call is written down."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.traceparents: defaultdict[str, list[str]] = defaultdict(list)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        for name, value in scope.get("headers", ()):
+            if name == b"traceparent":
+                self.traceparents[scope["path"].rsplit("/", 1)[-1]].append(value.decode())
+        await self._app(scope, receive, send)
+
+
+@contextmanager
+def traced(postgres_port: int, collector_url: str) -> Iterator[tuple[httpx.Client, Watched]]:
+    """Run the service with its spans sent to the collector, on dependencies that are watched."""
+    gateway_url = database_url(postgres_port, role="authenticator")
+    watched = Watched(create_gateway(gateway_url, JWT_SECRET))
+    products = Watched(create_products(database_url(postgres_port)))
+    products.traceparents = watched.traceparents
+    tracing = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector_url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+    with (
+        served(watched) as supabase_url,
+        served(products) as products_url,
+        service_process(supabase_url, products_url, **tracing) as (process, url),  # type: ignore[arg-type]  # texts
+        httpx.Client(base_url=url, timeout=30, limits=httpx.Limits(max_connections=100)) as client,
+    ):
+        yield client, watched
+        process.terminate()
+        assert process.wait(10) in (0, -15)
+
+
+def test_a_debit_is_one_trace_from_the_caller_to_both_dependencies(
+    migrated_port: int, database: Database
+) -> None:
+    item_id = str(database.add_item())
+    body = {"user_id": database.add_user(), "item_id": item_id}
+    headers = {"traceparent": f"00-{TRACE_ID}-{CALLERS_SPAN}-01"}
+    with Collector() as collector, traced(migrated_port, collector.url) as (service, watched):
+        assert service.post("/payments/debit", json=body, headers=headers).status_code == 200
+        (request,) = collector.await_spans("POST /payments/debit", 1)
+    of_trace = {span.name: span for span in collector.spans if span.trace_id.hex() == TRACE_ID}
+    assert set(of_trace) == {"POST /payments/debit", "products get_item", "ledger debit_use"}
+    assert request.parent_span_id.hex() == CALLERS_SPAN
+    for name, heard in (("products get_item", item_id), ("ledger debit_use", "debit_use")):
+        call = of_trace[name]
+        assert call.parent_span_id == request.span_id
+        assert f"00-{TRACE_ID}-{call.span_id.hex()}-01" in watched.traceparents[heard]
+    attributes = {one.key: one.value for one in request.attributes}
+    assert attributes["http.route"].string_value == "/payments/debit"
+    assert attributes["http.response.status_code"].int_value == 200
+    assert collector.services == {"payment-service"}
+
+
+def test_every_debit_of_a_batch_leads_to_the_call_that_carried_it(
+    migrated_port: int, database: Database
+) -> None:
+    users, item_id = [database.add_user() for _ in range(40)], str(database.add_item())
+    together = threading.Barrier(len(users))
+
+    with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
+
+        def debit(user_id: int) -> int:
+            together.wait()
+            body = {"user_id": user_id, "item_id": item_id}
+            return service.post("/payments/debit", json=body).status_code
+
+        with ThreadPoolExecutor(len(users)) as pool:
+            assert set(pool.map(debit, users)) == {200}
+        requests = collector.await_spans("POST /payments/debit", len(users))
+    calls = [span for span in collector.spans if span.name.startswith("ledger debit_use")]
+    assert any(span.name == "ledger debit_use_batch" for span in calls)
+    carriers = {span.parent_span_id for span in calls}
+    for request in requests:
+        links = {link.span_id for link in request.links}
+        assert request.span_id in carriers or links & carriers
+
+
+def test_a_failed_call_is_marked_in_the_trace(migrated_port: int, database: Database) -> None:
+    body = {"user_id": database.add_user(), "item_id": "00000000-0000-4000-8000-00000000dead"}
+    with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
+        assert service.post("/payments/debit", json=body).status_code == 404
+        collector.await_spans("POST /payments/debit", 1)
+    (call,) = [span for span in collector.spans if span.name == "products get_item"]
+    assert call.status.code == call.status.STATUS_CODE_ERROR
+    assert "ItemNotFound" in call.status.message
+
+
+@pytest.mark.parametrize("collector", ["gone", "silent"])
+def test_a_collector_that_fails_holds_up_nobody(
+    migrated_port: int, database: Database, collector: str
+) -> None:
+    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = free_port() if collector == "gone" else silent.getsockname()[1]
+        with traced(migrated_port, f"http://127.0.0.1:{port}") as (service, _):
+            for _ in range(3):
+                started = time.monotonic()
+                assert service.post("/payments/debit", json=body).status_code == 200
+                assert time.monotonic() - started < 1
+
+
+def test_no_span_holds_the_callers_key_or_a_user(migrated_port: int, database: Database) -> None:
+    user_id, key = database.add_user(), "key-of-the-caller"
+    body = {"user_id": user_id, "item_id": str(database.add_item())}
+    query = httpx.QueryParams(user_id=user_id, idempotency_key=key)
+    with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
+        charged = service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
+        assert service.get("/payments/outcome", params=query).json() == charged.json()
+        collector.await_spans("GET /payments/outcome", 1)
+    told = "".join(map(str, collector.spans))
+    assert "ledger find_payment" in told
+    assert key not in told
+    assert str(user_id) not in told
