@@ -16,11 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import metrics
 from app.errors import InternalError
 from app.problems import problem_response
-from app.tracing import RequestIds, request_now
+from app.tracing import RequestIds, read_traceparent, request_now
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-# https://www.w3.org/TR/trace-context/#traceparent-header
-TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CALLER_LEFT = 499  # nginx's status for a request whose caller did not wait
 
@@ -107,11 +105,9 @@ def _read_ids(scope: Scope) -> RequestIds:
     """Take what the caller sent, if it is fit to use."""
     headers = dict(scope["headers"])
     request_id = headers.get(b"x-request-id", b"")
-    traceparent = headers.get(b"traceparent", b"")
     return RequestIds(
         request_id.decode()
         if REQUEST_ID.fullmatch(request_id)
         else f"{random.getrandbits(128):032x}",
-        scope["state"].get("traceparent")
-        or (traceparent.decode() if TRACEPARENT.fullmatch(traceparent) else None),
+        scope["state"].get("traceparent") or read_traceparent(headers),
     )

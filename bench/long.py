@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import psycopg
 
-from bench.__main__ import Bench, run_program
+from bench.measurement import Bench, run_program
 from bench.stack import BenchFailed, await_answer, server
 from devstack.postgres import database_url
 
@@ -60,10 +60,10 @@ class LongBench(Bench):
         with self.up() as service:
             done = 0
             while done < debits:
-                self._load("service", "users spread out", 128, "service")
+                self.load("service", "users spread out", 128, "service")
                 done += self.results[-1].done
                 print(f"{done:10} debits, {resident_mebibytes(service)} MiB", flush=True)
-            self._audit()
+            self.audit()
 
     def grow(self) -> None:
         """Measure on an empty ledger, then on one of ten million entries."""
@@ -77,14 +77,14 @@ class LongBench(Bench):
                 connection.execute("checkpoint")
             os.environ["FIRST_USER"] = "1000001"  # of those with a hundred entries each
             self._measure_ledger("10 million entries")
-            self._audit()
+            self.audit()
 
     def _measure_ledger(self, name: str) -> None:
         print(f"{name}:", flush=True)
         for connections in (1, 128):
             for _ in range(3):
-                self._load("service", "users spread out", connections, "service")
-        self._pgbench("users spread out")
+                self.load("service", "users spread out", connections, "service")
+        self.pgbench("users spread out")
 
 
 def resident_mebibytes(process_id: int) -> int:

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import IO
 
 import httpx
 import psycopg
@@ -14,6 +16,7 @@ from devstack.keys import SERVICE_ROLE_KEY
 from devstack.postgres import apply_migrations, database_url
 
 START_TIMEOUT_SECONDS = 30
+LOG_SHOWN_MAX = 10_000  # characters, of a server that failed
 
 PEOPLE_SQL = """
 insert into public."Users" (card_id, name, balance)
@@ -39,9 +42,14 @@ def populate(postgres_port: int) -> None:
 
 
 @contextmanager
-def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def process(
+    *arguments: str, log: IO[str] | None = None, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(
-        [sys.executable, "-m", *arguments], stdin=subprocess.PIPE, env=os.environ | environment
+        [sys.executable, "-m", *arguments],
+        stdin=subprocess.PIPE,
+        stderr=log,
+        env=os.environ | environment,
     ) as running:
         try:
             yield running
@@ -56,17 +64,25 @@ def process(*arguments: str, **environment: str) -> Iterator[subprocess.Popen[by
 def server(
     application: str, port: int, gateway_port: int, products_port: int, **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run an application as the image does, without a log line for each request."""
-    with process(
-        *("uvicorn", application, "--port", str(port)),
-        *("--log-level", "warning", "--no-access-log"),
-        SUPABASE_URL=f"http://127.0.0.1:{gateway_port}",
-        SUPABASE_SERVICE_ROLE_KEY=SERVICE_ROLE_KEY,
-        PRODUCTS_SERVICE_URL=f"http://127.0.0.1:{products_port}",
-        LOG_LEVEL="WARNING",
-        **environment,
-    ) as running:
-        yield running
+    """Run an application as the image does; its log goes to a file, and here if it fails."""
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        process(
+            *("uvicorn", application, "--port", str(port)),
+            *("--log-level", "warning", "--no-access-log"),
+            log=log,
+            SUPABASE_URL=f"http://127.0.0.1:{gateway_port}",
+            SUPABASE_SERVICE_ROLE_KEY=SERVICE_ROLE_KEY,
+            PRODUCTS_SERVICE_URL=f"http://127.0.0.1:{products_port}",
+            **environment,
+        ) as running,
+    ):
+        try:
+            yield running
+        except BenchFailed:
+            log.seek(0)
+            sys.stderr.write(log.read()[-LOG_SHOWN_MAX:])
+            raise
 
 
 def await_answer(url: str, running: subprocess.Popen[bytes]) -> float:

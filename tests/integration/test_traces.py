@@ -168,3 +168,24 @@ def test_no_span_holds_the_callers_key_or_a_user(migrated_port: int, database: D
     assert "ledger find_payment" in told
     assert key not in told
     assert str(user_id) not in told
+
+
+def test_of_many_requests_some_are_traced_and_all_that_the_caller_traces(
+    migrated_port: int,
+) -> None:
+    traced_by_caller = {"traceparent": f"00-{TRACE_ID}-{CALLERS_SPAN}-01"}
+    with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
+
+        def ask(number: int) -> httpx.Response:
+            return service.get("/health", headers=traced_by_caller if number >= 1000 else {})
+
+        with ThreadPoolExecutor(4) as pool:
+            assert {answer.status_code for answer in pool.map(ask, range(1100))} == {200}
+        collector.await_spans("GET /health", 200)
+    spans = [span for span in collector.spans if span.name == "GET /health"]
+    own = [span for span in spans if span.trace_id.hex() != TRACE_ID]
+    assert 100 <= len(own) < 900
+    assert len(spans) - len(own) == 100
+    for span in spans:
+        attributes = {one.key: one.value for one in span.attributes}
+        assert attributes["http.request.method"].string_value == "GET"
