@@ -30,7 +30,7 @@ from app.problems import answer_http_exception, answer_invalid_parameters, answe
 from app.products import PRODUCTS_TIMEOUT_SECONDS, Products
 from app.readiness import Readiness
 from app.routes import PROTECTED_PATHS, Services, add_routes
-from app.schemas import DebitRequest, Payment, Problem
+from app.schemas import DebitRequest, Payment, Problem, SchemasAsWritten
 from app.settings import Settings, SettingsError, load_settings
 from app.tracing import RequestSpans, pass_on_traceparent
 
@@ -98,6 +98,7 @@ class PaymentService(FastAPI):
             _, models = models_json_schema(
                 [(DebitRequest, "validation"), (Payment, "serialization"), (Problem, "validation")],
                 ref_template="#/components/schemas/{model}",
+                schema_generator=SchemasAsWritten,
             )
             document.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
             if self.settings and self.settings.auth_jwks_url:

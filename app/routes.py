@@ -25,6 +25,7 @@ from app.schemas import (
     IdempotencyKey,
     Payment,
     ProblemExplanation,
+    SchemasAsWritten,
     UserId,
 )
 from app.schemas import Readiness as ReadinessBody
@@ -277,5 +278,5 @@ def _json(
 
 
 def _documented(model: type[BaseModel]) -> dict[str, Any]:
-    example = model.model_json_schema()["examples"][0]
+    example = model.model_json_schema(schema_generator=SchemasAsWritten)["examples"][0]
     return {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}, "example": example}

@@ -15,6 +15,7 @@ from pydantic import (
     StrictInt,
     WithJsonSchema,
 )
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import PydanticCustomError
 
 BIGINT_MAX = 2**63 - 1
@@ -168,3 +169,10 @@ class Readiness(BaseModel):
 
     status: str = Field(description="ready, starting or stopping.", examples=["ready"])
     dependencies: dict[str, str] = Field(examples=[{"ledger": "ok", "products": "not asked yet"}])
+
+
+class SchemasAsWritten(GenerateJsonSchema):
+    """Examples show their fields in the order of the model, not of the alphabet."""
+
+    def sort(self, value: JsonSchemaValue, parent_key: str | None = None) -> JsonSchemaValue:
+        return value
