@@ -13,7 +13,7 @@ from time import monotonic, perf_counter
 from typing import NamedTuple
 
 import httpx
-from opentelemetry import trace
+from opentelemetry import context, trace
 from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -139,22 +139,18 @@ def dependency_call(dependency: str, operation: str) -> Iterator[None]:
         metrics.CALL_SECONDS.labels(dependency, operation, outcome).observe(seconds)
 
 
-def join_traces(contexts: Sequence[Context]) -> Context:
-    """Choose the request whose trace holds a call made for several, and lead there from the rest.
+def act_for(requests: Sequence[Context]) -> None:
+    """Log and trace what follows in this context as done for a request: the first that is traced.
 
-    Links (https://opentelemetry.io/docs/concepts/signals/traces/#span-links), since a span has
-    one parent only.
+    The others' traces lead there by links, since a span has one parent only
+    (https://opentelemetry.io/docs/concepts/signals/traces/#span-links).
     """
-    if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
-        return contexts[0]  # nobody asks for traces
-    traced = [
-        (context, span)
-        for context in contexts
-        if (span := context.run(trace.get_current_span)).is_recording()
-    ]
-    if not traced:
-        return contexts[0]
-    holder, span_of_holder = traced[0]
-    for _, span in traced[1:]:
-        span.add_link(span_of_holder.get_span_context())
-    return holder
+    holder = requests[0]
+    if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        spans = [request.run(trace.get_current_span) for request in requests]
+        traced = [number for number, span in enumerate(spans) if span.is_recording()]
+        for number in traced[1:]:
+            spans[number].add_link(spans[traced[0]].get_span_context())
+        holder = requests[traced[0] if traced else 0]
+        context.attach(holder.run(context.get_current))
+    request_now.set(holder.get(request_now))
