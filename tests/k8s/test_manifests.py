@@ -2,6 +2,7 @@
 
 import json
 import re
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ FILES = sorted(path for path in (ROOT / "k8s").iterdir() if path.suffix in READ_
 NAMESPACE = "payment-service-dev"
 KUBERNETES_VERSIONS = ["1.29", "1.35"]
 # Supabase's keys, JSON web tokens, private keys, passwords in addresses, long random words.
+NO_KEY = re.compile(r"sha256:[0-9a-f]{64}|path: /\S+")  # a digest, a place in a document
 LIKE_A_KEY = re.compile(r"sb_secret_|sbp_|eyJ|PRIVATE KEY|://[^/\s]*@|[A-Za-z0-9+/_=]{40}")
 
 
@@ -41,6 +43,7 @@ def test_every_manifest_fits_the_schema(path: Path, version: str) -> None:
 
 def test_there_is_one_object_of_each_kind() -> None:
     kinds = {"Namespace", "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Service"}
+    kinds |= {"NetworkPolicy", "PodDisruptionBudget"}
     assert set(OBJECTS) == kinds
     assert len(FILES) == len(kinds)
 
@@ -161,10 +164,72 @@ def test_the_pod_has_no_rights_that_it_does_not_need() -> None:
     }
 
 
-def test_no_secret_is_in_the_folder() -> None:
-    for path in FILES:
-        assert LIKE_A_KEY.search(path.read_text()) is None
-        assert load(path)["kind"] != "Secret"
+def test_no_secret_is_in_the_folder_and_those_below_it() -> None:
+    for path in (ROOT / "k8s").rglob("*.*"):
+        text = NO_KEY.sub("", path.read_text())
+        assert LIKE_A_KEY.search(text) is None, path
+        assert "kind: Secret" not in text
+
+
+def test_a_rolling_update_never_has_fewer_pods_than_before() -> None:
+    assert OBJECTS["Deployment"]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+
+
+def test_nodes_and_zones_share_the_pods() -> None:
+    labels = OBJECTS["Deployment"]["spec"]["selector"]
+    spread = POD["topologySpreadConstraints"]
+    assert [one["topologyKey"] for one in spread] == [
+        "kubernetes.io/hostname",
+        "topology.kubernetes.io/zone",
+    ]
+    for one in spread:
+        assert one["labelSelector"] == labels
+        # A cluster of one node has to run all of them.
+        assert one["whenUnsatisfiable"] == "ScheduleAnyway"
+
+
+def test_a_node_can_be_emptied_and_takes_one_pod_at_a_time() -> None:
+    budget = OBJECTS["PodDisruptionBudget"]["spec"]
+    assert budget["selector"] == OBJECTS["Deployment"]["spec"]["selector"]
+    assert budget["maxUnavailable"] == 1
+    assert OBJECTS["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > budget["maxUnavailable"]
+
+
+def test_only_labelled_namespaces_and_prometheus_reach_the_pods() -> None:
+    policy = OBJECTS["NetworkPolicy"]["spec"]
+    assert policy["podSelector"] == OBJECTS["Deployment"]["spec"]["selector"]
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    (rule,) = policy["ingress"]
+    assert rule["ports"] == [{"port": "http"}]
+    assert [peer["namespaceSelector"]["matchLabels"] for peer in rule["from"]] == [
+        {"payments-caller": "true"},
+        {"kubernetes.io/metadata.name": "monitoring"},
+    ]
+    assert "payments-caller=true" in (ROOT / "README.md").read_text()
+
+
+def test_the_pods_reach_names_the_products_service_https_and_a_collector_alone() -> None:
+    ports = [[port["port"] for port in rule["ports"]] for rule in egress()]
+    assert ports == [[53, 53], [8001], [443], [4318]]
+    assert all(rule["to"] for rule in egress())  # without, a rule opens its ports to the world
+    products = OBJECTS["ConfigMap"]["data"]["PRODUCTS_SERVICE_URL"]
+    assert products.endswith(":8001")
+    (products_pods,) = egress()[1]["to"]
+    (name,) = products_pods["podSelector"]["matchLabels"].values()
+    assert products == f"http://{name}:8001"
+
+
+@pytest.mark.parametrize("address", ["169.254.169.254", "fd00:ec2::254", "fe80::1"])
+def test_the_metadata_of_a_cloud_is_out_of_reach(address: str) -> None:
+    reached = ip_address(address)
+    for block in (peer["ipBlock"] for rule in egress() for peer in rule["to"] if "ipBlock" in peer):
+        excepted = any(reached in ip_network(one) for one in block.get("except", ()))
+        assert excepted or reached not in ip_network(block["cidr"])
+
+
+def egress() -> list[dict[str, Any]]:
+    rules: list[dict[str, Any]] = OBJECTS["NetworkPolicy"]["spec"]["egress"]
+    return rules
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,135 @@
+"""The overlay for production, as kubectl puts it together from the manifests."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from programs import find_program
+from servers import make_settings
+
+from app.main import PaymentService
+from app.settings import Settings
+
+ROOT = Path(__file__).parent.parent.parent
+K8S = ROOT / "k8s"
+OVERLAY = K8S / "overlays" / "production"
+
+
+@pytest.fixture(scope="module")
+def rendered() -> str:
+    kubectl = find_program("kubectl")
+    ended = subprocess.run(
+        [kubectl, "kustomize", str(OVERLAY)], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ended.stderr == ""  # where it warns of what will be gone
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def objects(rendered: str) -> dict[str, dict[str, Any]]:
+    documents = list(yaml.safe_load_all(rendered))
+    by_kind = {document["kind"]: document for document in documents}
+    assert len(by_kind) == len(documents)
+    return by_kind
+
+
+def test_the_base_of_overlays_is_what_kubectl_applies() -> None:
+    files = sorted(K8S.glob("*.yaml"))
+    joined = "".join(f"---\n{path.read_text()}" for path in files)
+    assert (K8S / "overlays" / "base" / "manifests.yaml").read_text() == joined, "make manifests"
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.35"])
+def test_every_object_fits_the_schema(objects: dict[str, dict[str, Any]], version: str) -> None:
+    assert len(objects) == len(list(K8S.glob("*.yaml"))) + 1  # the Ingress
+    for document in objects.values():
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_nothing_is_named_after_development(rendered: str) -> None:
+    assert "-dev" not in rendered
+
+
+def test_everything_lives_in_a_namespace_of_its_own(objects: dict[str, dict[str, Any]]) -> None:
+    assert objects.pop("Namespace")["metadata"]["name"] == "payment-service"
+    for document in objects.values():
+        assert document["metadata"]["namespace"] == "payment-service"
+        assert document["metadata"]["labels"]["app.kubernetes.io/instance"] == "payment-service"
+
+
+def test_the_image_is_named_by_its_digest(objects: dict[str, dict[str, Any]]) -> None:
+    (container,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert re.fullmatch(r"justingav/payment-service@sha256:[0-9a-f]{64}", container["image"])
+    assert container["imagePullPolicy"] == "IfNotPresent"
+
+
+def test_there_are_more_pods_than_in_development(objects: dict[str, dict[str, Any]]) -> None:
+    base = yaml.safe_load((K8S / "hpa.yaml").read_text())["spec"]
+    autoscaler = objects["HorizontalPodAutoscaler"]["spec"]
+    for bound in ("minReplicas", "maxReplicas"):
+        assert autoscaler[bound] > base[bound]
+    assert autoscaler["behavior"] == base["behavior"]
+
+
+def test_what_names_another_object_names_one_that_is_there(
+    objects: dict[str, dict[str, Any]],
+) -> None:
+    deployment = objects["Deployment"]
+    pod = deployment["spec"]["template"]
+    target = objects["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    assert target["name"] == deployment["metadata"]["name"]
+    maps = [one["configMapRef"] for one in pod["spec"]["containers"][0]["envFrom"][1:]]
+    assert maps == [{"name": objects["ConfigMap"]["metadata"]["name"]}]
+    labels = pod["metadata"]["labels"].items()
+    assert objects["Service"]["spec"]["selector"].items() <= labels
+    for kind, selector in (("PodDisruptionBudget", "selector"), ("NetworkPolicy", "podSelector")):
+        assert objects[kind]["spec"][selector]["matchLabels"].items() <= labels
+
+
+def test_payments_need_a_token_and_the_service_accepts_the_configuration(
+    objects: dict[str, dict[str, Any]],
+) -> None:
+    data = {name.lower(): value for name, value in objects["ConfigMap"]["data"].items()}
+    assert set(data) <= set(Settings.model_fields) - {"supabase_url", "supabase_service_role_key"}
+    settings = make_settings(**data)
+    assert {name: getattr(settings, name) for name in data} == data
+    for name in ("auth_jwks_url", "auth_issuer", "auth_audience", "auth_required_role"):
+        assert data[name]
+
+
+def test_the_ingress_speaks_tls_and_leads_to_the_service(
+    objects: dict[str, dict[str, Any]],
+) -> None:
+    ingress, service = objects["Ingress"]["spec"], objects["Service"]
+    (rule,) = ingress["rules"]
+    assert [one["hosts"] for one in ingress["tls"]] == [[rule["host"]]]
+    (port,) = service["spec"]["ports"]
+    backend = {"name": service["metadata"]["name"], "port": {"name": port["name"]}}
+    assert all(path["backend"] == {"service": backend} for path in rule["http"]["paths"])
+
+
+def test_only_what_callers_need_is_open_to_the_world(objects: dict[str, dict[str, Any]]) -> None:
+    (rule,) = objects["Ingress"]["spec"]["rules"]
+    opened = {path["path"]: path["pathType"] for path in rule["http"]["paths"]}
+
+    def is_open(path: str) -> bool:
+        return opened.get(path) is not None or any(
+            path.startswith(f"{prefix}/") for prefix, kind in opened.items() if kind == "Prefix"
+        )
+
+    app = PaymentService()
+    paths = {*app.openapi()["paths"], *(getattr(route, "path", "") for route in app.routes)}
+    assert {path for path in paths if not is_open(path)} == {"/health", "/ready", "/metrics"}
+    for prefix in opened:
+        assert any(path == prefix or path.startswith(f"{prefix}/") for path in paths)
+
+
+def test_the_controller_of_the_ingress_reaches_the_pods(objects: dict[str, dict[str, Any]]) -> None:
+    (rule,) = objects["NetworkPolicy"]["spec"]["ingress"]
+    peers = [peer["namespaceSelector"]["matchLabels"] for peer in rule["from"]]
+    assert {"kubernetes.io/metadata.name": "ingress-nginx"} in peers
+    assert {"payments-caller": "true"} in peers
