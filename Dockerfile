@@ -1,10 +1,11 @@
 # The first stage installs, the second holds only what runs: no pip cache, no compiler, no tests.
 # The environment gets no pip and setuptools of its own, since it is copied whole.
 FROM python:3.11-slim AS build
-COPY requirements.txt .
+# Only files whose hash is known, and none that would have to be built.
+COPY requirements.lock .
 RUN python -m venv --without-pip /venv \
     && pip --python /venv/bin/python install --no-cache-dir --disable-pip-version-check \
-       -r requirements.txt
+       --only-binary :all: --require-hashes -r requirements.lock
 WORKDIR /service
 COPY app app
 # A checkout may let only its owner read, and the service runs as somebody else. The root
@@ -12,8 +13,6 @@ COPY app app
 RUN chmod -R a+rX app && /venv/bin/python -m compileall -q app
 
 FROM python:3.11-slim
-LABEL org.opencontainers.image.title="payment-service" \
-      org.opencontainers.image.description="Charges a student's prepaid balance for an item"
 ENV PATH=/venv/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
@@ -26,4 +25,14 @@ EXPOSE 8002
 # Without a proxy: one that Docker sets for the container does not know the container's loopback.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
     CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:8002/health', timeout=2)"]
-CMD ["uvicorn", "app.main:app", "--host", "0.0.0.0", "--port", "8002", "--timeout-graceful-shutdown", "20", "--no-server-header", "--no-access-log"]
+# The service logs its own start; a warning is what uvicorn has to say before that.
+CMD ["uvicorn", "app.main:app", "--host", "0.0.0.0", "--port", "8002", "--timeout-graceful-shutdown", "20", "--no-server-header", "--no-access-log", "--log-level", "warning"]
+# Last, since they change with every build: --build-arg REVISION=$(git rev-parse HEAD)
+ARG VERSION=unknown
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.title="payment-service" \
+      org.opencontainers.image.description="Charges a student's prepaid balance for an item" \
+      org.opencontainers.image.version=$VERSION \
+      org.opencontainers.image.revision=$REVISION \
+      org.opencontainers.image.created=$CREATED

@@ -1,14 +1,18 @@
-# What developers run. Everything is installed into .venv; nothing else on the machine changes.
+# What developers run. Everything is installed into folders of this one, .venv first of all;
+# nothing else on the machine changes.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+TOOLS := .venv-tools/installed
+CHECKOV := .venv-checkov/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test torture bench audit lint types check clean
+.PHONY: help run test torture bench audit lint types check manifests policies
+.PHONY: lock vulnerabilities sbom licences clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-7s %s\n", $$1, $$2}'
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 run: $(INSTALLED) ## Start the service and all it needs on this machine; Ctrl-C stops it
 	@$(BIN)/python -m devstack $(ARGS)
@@ -35,11 +39,38 @@ types: $(INSTALLED) ## Check types
 
 check: lint types test ## lint, types and test: what must pass before a commit
 
-clean: ## Delete what make has made: .venv, the development database, caches
-	rm -rf .venv .devstack .coverage htmlcov .mypy_cache .ruff_cache .pytest_cache
+manifests: ## Bring what overlays build on up to date with k8s/
+	for file in k8s/*.yaml; do echo ---; cat $$file; done > k8s/overlays/base/manifests.yaml
+
+policies: $(INSTALLED) $(CHECKOV) ## Hold the manifests against checkov's policies
+	$(BIN)/python -m pytest -q tests/k8s/test_policies.py
+
+lock: $(TOOLS) ## Write requirements.lock: requirements.txt with the hashes of all files
+	echo '# What the image installs: requirements.txt with the hash of every file, by make lock.' > requirements.lock
+	.venv-tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-annotate --no-emit-index-url requirements.txt >> requirements.lock
+
+vulnerabilities: $(TOOLS) ## Look up the image's packages among known vulnerabilities (needs the internet)
+	.venv-tools/bin/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
+
+sbom: $(TOOLS) ## Write sbom.json: what the image holds, as CycloneDX
+	.venv-tools/bin/cyclonedx-py requirements --mc-type application --output-reproducible \
+	  --validate -o sbom.json requirements.lock
+
+licences: $(INSTALLED) ## Write docs/licences.md: the licence of each package of the image
+	$(BIN)/python -m devstack.licences requirements.txt > docs/licences.md
+
+clean: ## Delete what make has made: environments, the development database, caches
+	rm -rf .venv .venv-tools .venv-checkov .devstack .coverage htmlcov sbom.json
+	rm -rf .mypy_cache .ruff_cache .pytest_cache
 
 $(INSTALLED): requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $(INSTALLED)
+
+$(TOOLS) $(CHECKOV): .venv-%/installed: requirements-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-$*.txt
+	@touch $@

@@ -53,14 +53,14 @@ def test_both_stages_stand_on_the_slim_image() -> None:
 
 def test_only_the_service_and_its_requirements_are_copied() -> None:
     copied = [line for line in arguments("COPY") if not line.startswith("--from=build")]
-    assert copied == ["requirements.txt .", "app app"]
+    assert copied == ["requirements.lock .", "app app"]
     assert arguments("ADD") == []
 
 
 def test_the_build_sees_only_what_it_needs() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
-    assert rules == ["*", "!app", "!requirements.txt", "**/__pycache__"]
+    assert rules == ["*", "!app", "!requirements.lock", "**/__pycache__"]
 
 
 def test_the_final_stage_takes_what_was_built_and_installs_nothing() -> None:
@@ -68,6 +68,17 @@ def test_the_final_stage_takes_what_was_built_and_installs_nothing() -> None:
     assert copied == ["--from=build /venv /venv", "--from=build /service /service"]
     assert "RUN" not in [name for name, _ in final_stage()]
     assert "python -m venv --without-pip /venv " in arguments("RUN")[0]
+    assert "--only-binary :all: --require-hashes -r requirements.lock" in arguments("RUN")[0]
+
+
+def test_the_labels_tell_what_the_image_was_built_from() -> None:
+    given = [argument.split("=") for argument in arguments("ARG")]
+    assert given == [["VERSION", "unknown"], ["REVISION", "unknown"], ["CREATED", "unknown"]]
+    (labels,) = arguments("LABEL")
+    for name, _ in given:
+        assert f"org.opencontainers.image.{name.lower()}=${name}" in labels
+    for name in ("title", "description"):
+        assert f'org.opencontainers.image.{name}="' in labels
 
 
 def test_another_user_can_read_the_service_and_need_not_write_its_bytecode() -> None:

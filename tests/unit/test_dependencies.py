@@ -1,0 +1,51 @@
+"""The lists of packages agree: what is asked for, what the image installs, what is documented."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+# Permissive ones, and Mozilla's, which binds only whoever changes the package's own files.
+LICENCES = {
+    *("MIT", "MIT-0", "MIT License", "Apache-2.0", "Apache Software License", "PSF-2.0"),
+    *("BSD License", "BSD-2-Clause", "BSD-3-Clause", "3-Clause BSD License"),
+    *("Python Software Foundation License", "MPL-2.0", "Mozilla Public License 2.0 ", "MPL 2.0"),
+}
+
+
+def versions(name: str) -> dict[str, str]:
+    """Read the versions from a file of requirements, by the package's normalized name."""
+    text = (ROOT / name).read_text()
+    pins = re.findall(r"^([\w.-]+)==([^ \n]+)", text, re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in pins}
+
+
+def test_the_image_installs_what_is_asked_for() -> None:
+    assert versions("requirements.lock") == versions("requirements.txt"), "make lock"
+
+
+def test_every_file_that_the_image_installs_is_known_by_its_hash() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    entries = re.split(r"^(?=\w)", lock, flags=re.MULTILINE)[1:]
+    assert len(entries) == len(versions("requirements.txt"))
+    for entry in entries:
+        assert re.fullmatch(r"[\w.-]+==[\w.]+( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry)
+
+
+def test_every_tool_has_one_version() -> None:
+    for name in ("requirements-dev.txt", "requirements-checkov.txt", "requirements-tools.txt"):
+        for line in (ROOT / name).read_text().splitlines():
+            pinned = re.match(r"[\w.\[\]-]+==[\w.]+(  # .+)?$", line)
+            assert pinned or line.startswith(("#", "-r ")) or not line, f"{name}: {line}"
+
+
+def test_the_licences_are_documented_and_bind_nobody() -> None:
+    page = (ROOT / "docs" / "licences.md").read_text()
+    command = [sys.executable, "-m", "devstack.licences", "requirements.txt"]
+    written = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert page == written, "make licences"
+    found = re.findall(r"^\| [\w.-]+ \| [0-9][\w.]* \| (.+) \|$", page, re.MULTILINE)
+    assert len(found) == len(versions("requirements.txt"))
+    for licence in found:
+        assert set(re.split(r" AND | OR |, |[()]", licence)) - {"", " "} <= LICENCES
