@@ -20,9 +20,9 @@ Samples = dict[tuple[str, ...], float]
 def running(
     supabase_url: str, products_url: str, waiting_max: int = 1000
 ) -> Iterator[httpx.Client]:
-    limit = str(waiting_max)
+    settings = {"DEBITS_WAITING_MAX": str(waiting_max), "DEBIT_BATCH_SIZE_MAX": "64"}
     with (
-        service_process(supabase_url, products_url, DEBITS_WAITING_MAX=limit) as (_, url),
+        service_process(supabase_url, products_url, **settings) as (_, url),  # type: ignore[arg-type]  # texts
         httpx.Client(base_url=url, timeout=30, limits=httpx.Limits(max_connections=100)) as client,
     ):
         yield client

@@ -74,11 +74,15 @@ def traced(postgres_port: int, collector_url: str) -> Iterator[tuple[httpx.Clien
     watched = Watched(create_gateway(gateway_url, JWT_SECRET))
     products = Watched(create_products(database_url(postgres_port)))
     products.traceparents = watched.traceparents
-    tracing = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector_url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+    settings = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": collector_url,
+        "OTEL_BSP_SCHEDULE_DELAY": "50",
+        "DEBIT_BATCH_SIZE_MAX": "64",
+    }
     with (
         served(watched) as supabase_url,
         served(products) as products_url,
-        service_process(supabase_url, products_url, **tracing) as (process, url),  # type: ignore[arg-type]  # texts
+        service_process(supabase_url, products_url, **settings) as (process, url),  # type: ignore[arg-type]  # texts
         httpx.Client(base_url=url, timeout=30, limits=httpx.Limits(max_connections=100)) as client,
     ):
         yield client, watched
