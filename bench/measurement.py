@@ -64,23 +64,24 @@ class Bench:
         """Load the service, or the RPC at the gateway, and hold the books against the answers."""
         before = self._count_debits()
         port = self.gateway_port if target == "rpc" else self.port
-        output = run_wrk(port, connections, self.seconds, profile, target)
-        found = re.search(r"^RESULT (.*)$", output, re.MULTILINE)
-        if found is None:
-            raise BenchFailed(f"wrk said: {output}")
-        seen = json.loads(found[1])
-        done = seen["requests"] - seen["failed"]
-        result = Result(
-            *(peer, profile, connections, round(done / seen["seconds"], 1)),
-            *(seen["p50"], seen["p95"], seen["p99"], done, seen["failed"]),
-        )
+        result = self.send(port, peer, profile, connections, target)
         self._keep(result)
         if profile != "replays" and peer != "empty endpoint":
             # What is under way when wrk stops is done, but wrk does not see its answer.
             entries = self._count_debits_at_rest() - before
-            if not done <= entries <= done + seen["failed"] + connections:
-                self.faults.append(f"{peer}, {profile}: {done} answers, {entries} entries")
+            if not result.done <= entries <= result.done + result.failed + connections:
+                self.faults.append(f"{peer}, {profile}: {result.done} answers, {entries} entries")
         return result
+
+    def send(self, port: int, peer: str, profile: str, connections: int, target: str) -> Result:
+        """Let wrk ask for `seconds`, and read what it saw."""
+        output = run_wrk(port, connections, self.seconds, profile, target)
+        seen = json.loads(match_one(r"(?m)^RESULT (.*)$", output))
+        done = seen["requests"] - seen["failed"]
+        return Result(
+            *(peer, profile, connections, round(done / seen["seconds"], 1)),
+            *(seen["p50"], seen["p95"], seen["p99"], done, seen["failed"]),
+        )
 
     def pgbench(self, profile: str) -> None:
         user = "10000" if profile == "one hot user" else "10000 + (random() * 4999)::int"
