@@ -231,7 +231,7 @@ def _now() -> float:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, APIError):
-        return f"{error.code} {error.message}"
+        return f"{error.code or 'an answer without a code:'} {error.message}"
     return f"{type(error).__name__} {_first_line(error)}"
 
 

@@ -65,4 +65,4 @@ def _what_to_do(error: PaymentError) -> str:
             "Check that SUPABASE_SERVICE_ROLE_KEY is the service_role key of SUPABASE_URL "
             "and that the migrations are applied."
         )
-    return "Check SUPABASE_URL and that the database is up."
+    return "Check SUPABASE_URL, SUPABASE_SERVICE_ROLE_KEY, and that the database is up."

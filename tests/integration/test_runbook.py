@@ -1,0 +1,82 @@
+"""What docs/operations.md tells an operator to type into the database does what it says."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from database import Database
+
+RUNBOOK = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+STATEMENTS = re.findall(r"^ *```sql\n(.*?)^ *```", RUNBOOK, re.DOTALL | re.MULTILINE)
+LAST_ENTRIES = "kind, amount_delta, balance_after, item"
+USER, KEY = 1001, "the-key"  # the runbook's
+
+
+@pytest.fixture
+def ledger(database: Database) -> Iterator[Database]:
+    """The runbook's user with two debits, in a transaction that is taken back."""
+    with database.connection.transaction(force_rollback=True):
+        database.add_user(1000, user_id=USER)
+        for key in ("earlier", KEY):
+            database.connection.execute(
+                "select public.debit_use(%s, %s, %s)", (USER, database.add_item(350), key)
+            )
+        yield database
+
+
+def run(ledger: Database, part: str) -> list[dict[str, object]]:
+    """Run the statement of the runbook that holds this part; its rows."""
+    (statement,) = [one for one in STATEMENTS if part in one]
+    cursor = ledger.connection.execute(statement)
+    names = [column.name for column in cursor.description or ()]
+    return [dict(zip(names, row, strict=True)) for row in cursor] if names else []
+
+
+def tamper(ledger: Database, table: str, statement: str) -> None:
+    """Do what the triggers refuse, as whoever owns the tables can."""
+    ledger.connection.execute(f'alter table public."{table}" disable trigger user')
+    ledger.connection.execute(statement)
+    ledger.connection.execute(f'alter table public."{table}" enable trigger user')
+
+
+def faults(ledger: Database) -> list[str]:
+    return [fault for user_id, fault in ledger.audit() if user_id == USER]
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_a_statement_runs_as_it_stands(ledger: Database, statement: str) -> None:
+    ledger.connection.execute(statement)
+
+
+def test_whether_somebody_was_charged_is_seen(ledger: Database) -> None:
+    (found,) = run(ledger, "find_payment")
+    assert isinstance(found["find_payment"], dict)
+    assert found["find_payment"]["outcome"] == "debited"
+    entries = run(ledger, LAST_ENTRIES)
+    assert [entry["kind"] for entry in entries] == ["debit", "debit", "opening"]
+    assert [entry["idempotency_key"] for entry in entries] == [KEY, "earlier", None]
+
+
+def test_money_is_given_back_with_an_entry(ledger: Database) -> None:
+    run(ledger, "balance + 350")
+    assert ledger.balance(USER) == 650
+    assert run(ledger, LAST_ENTRIES)[0]["kind"] == "adjustment"
+    assert faults(ledger) == []
+
+
+def test_the_missing_entry_is_found(ledger: Database) -> None:
+    which = f"user_id = {USER} and idempotency_key = 'earlier'"
+    delete = f'delete from public."Transaction_History" where {which}'
+    tamper(ledger, "Transaction_History", delete)
+    assert faults(ledger) == ["an entry does not follow from the one before it"]
+    (entry,) = run(ledger, "off_by <> 0")
+    assert (entry["kind"], entry["off_by"]) == ("debit", -350)
+
+
+def test_a_balance_that_is_right_is_explained(ledger: Database) -> None:
+    tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
+    assert faults(ledger) == ["the balance is not that of the last entry"]
+    run(ledger, "balance - balance_after")
+    assert ledger.balance(USER) == 790
+    assert faults(ledger) == []

@@ -1,0 +1,211 @@
+"""Alerts, dashboard and runbook ask only for what the service really shows, and agree."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+import yaml
+from database import Database
+from programs import find_program
+from prometheus_client.parser import text_string_to_metric_families
+from servers import RawServer, service_process
+
+from app.errors import PROBLEMS
+from app.routes import DEBIT_PROBLEMS
+
+ROOT = Path(__file__).parent.parent.parent
+MONITORING = ROOT / "k8s" / "monitoring"
+RULES = yaml.safe_load((MONITORING / "prometheusrule.yaml").read_text())
+ALERTS = {rule["alert"]: rule for group in RULES["spec"]["groups"] for rule in group["rules"]}
+DASHBOARD = json.loads((MONITORING / "grafana" / "dashboard.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
+
+QUERIES = [
+    *((name, rule["expr"]) for name, rule in ALERTS.items()),
+    *((panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]),
+    *((one["name"], one["definition"]) for one in DASHBOARD["templating"]["list"][1:]),
+]
+# What Prometheus itself adds to every series, and the one series that it makes.
+ADDED_LABELS = {"job", "namespace", "pod"}
+ADDED_SERIES = "up"
+
+Shown = dict[str, dict[str, set[str]]]
+
+
+@pytest.fixture(scope="module")
+def shown(gateway_url: str, products_url: str, database_session: psycopg.Connection) -> Shown:
+    """What /metrics shows after a run: the series, their labels, and these labels' values."""
+    database = Database(database_session)
+    series: Shown = defaultdict(lambda: defaultdict(set))
+    with (
+        service_process(gateway_url, products_url) as (_, url),
+        RawServer(b"") as broken,
+        service_process(gateway_url, broken.url) as (_, url_of_failing),
+    ):
+        user_id, item_id = database.add_user(balance=400), str(database.add_item(price=350))
+        body = {"user_id": user_id, "item_id": item_id}
+        for key in ("a", "a", "b"):
+            httpx.post(f"{url}/payments/debit", json=body, headers={"Idempotency-Key": key})
+        httpx.get(f"{url}/payments/outcome", params={"user_id": user_id, "idempotency_key": "a"})
+        httpx.post(f"{url_of_failing}/payments/debit", json=body)
+        for address in (url, url_of_failing):
+            for family in text_string_to_metric_families(httpx.get(f"{address}/metrics").text):
+                for sample in family.samples:
+                    for label, value in {**sample.labels, "": ""}.items():
+                        series[sample.name][label].add(value)
+    return series
+
+
+def read_query(query: str) -> tuple[set[str], list[tuple[str, str, str, str]], set[str]]:
+    """Take a query apart: its series, its matchers with their series, the labels it groups by."""
+    matchers = [
+        (series, *matcher)
+        for series, inside in re.findall(r"(\w+)\{([^}]*)\}", query)
+        for matcher in re.findall(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"', inside)
+    ]
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", query)
+    grouped = {
+        label
+        for inside in re.findall(r"\bby \(([^)]*)\)", bare)
+        for label in re.split(r",\s*", inside)
+    }
+    bare = re.sub(r"\bby \([^)]*\)", "", bare)
+    if found := re.fullmatch(r"label_values\((\w+), (\w+)\)", bare):
+        return {found[1]}, matchers, {found[2]}
+    names = set(re.findall(r"(?<![\w.])[a-z_]\w*(?!\w*\s*\()", bare))
+    return names - {"and", "or", "unless"}, matchers, grouped
+
+
+def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(yaml.safe_dump(RULES["spec"]))
+    said = subprocess.run(
+        [find_program("promtool"), "check", "rules", "--lint=all", "--lint-fatal", str(rules)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert f"{len(ALERTS)} rules found" in said.stdout
+
+
+def test_every_alert_fires_on_its_case_and_on_no_other(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(RULES["spec"]))
+    cases = tmp_path / "alerts.yaml"
+    shutil.copy(Path(__file__).parent / "alerts.yaml", cases)
+    said = subprocess.run(
+        [find_program("promtool"), "test", "rules", str(cases)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.returncode == 0, said.stdout + said.stderr
+    checks = [
+        check
+        for test in yaml.safe_load(cases.read_text())["tests"]
+        for check in test["alert_rule_test"]
+    ]
+    for kind in (True, False):
+        named = {check["alertname"] for check in checks if bool(check.get("exp_alerts")) is kind}
+        assert named == set(ALERTS)
+
+
+@pytest.mark.parametrize(("name", "query"), QUERIES, ids=[name for name, _ in QUERIES])
+def test_a_query_asks_for_series_and_labels_that_the_service_shows(
+    shown: Shown, name: str, query: str
+) -> None:
+    names, matchers, grouped = read_query(query)
+    assert names
+    assert names <= set(shown) | {ADDED_SERIES}, name
+    labels = ADDED_LABELS.union(*(shown[one] for one in names - {ADDED_SERIES}))
+    assert grouped <= labels
+    for series, label, operator, value in matchers:
+        if series == ADDED_SERIES or label in ADDED_LABELS:
+            continue
+        known = set(shown[series][label])
+        if label == "outcome":
+            known |= {problem.code for problem in DEBIT_PROBLEMS}
+        if label == "status":
+            known |= {str(problem.status) for problem in DEBIT_PROBLEMS}
+        if operator in {"=~", "!~"}:
+            assert any(re.fullmatch(value, one) for one in known), (label, value)
+        elif label != "dependency":
+            assert value in known, (label, value)
+
+
+def test_the_dependencies_in_queries_are_those_of_the_code() -> None:
+    code = "".join(path.read_text() for path in (ROOT / "app").glob("*.py"))
+    called = set(re.findall(r'dependency_call\("(\w+)"', code))
+    asked = {value for _, query in QUERIES for value in re.findall(r'dependency="(\w+)"', query)}
+    assert asked
+    assert asked <= called
+
+
+@pytest.mark.parametrize(
+    "query", ["payment_debit_total", 'payment_debits_total{outcom="x"}', "sum by (user) (up)"]
+)
+def test_a_query_for_what_is_not_there_would_be_seen(shown: Shown, query: str) -> None:
+    with pytest.raises(AssertionError):
+        test_a_query_asks_for_series_and_labels_that_the_service_shows(shown, "wrong", query)
+
+
+def test_every_alert_says_how_urgent_it_is_and_where_it_is_explained() -> None:
+    for name, rule in ALERTS.items():
+        assert rule["labels"]["severity"] in {"page", "ticket"}
+        assert {"summary", "description"} < set(rule["annotations"])
+        assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{name.lower()}"
+
+
+def test_the_runbook_explains_the_alerts_that_there_are() -> None:
+    assert set(re.findall(r"^### (Payment\w+)$", RUNBOOK, re.MULTILINE)) == set(ALERTS)
+    for name, rule in ALERTS.items():
+        section = RUNBOOK.split(f"### {name}\n")[1].split("\n#")[0]
+        assert section.strip().startswith(f"*{rule['labels']['severity']}*")
+
+
+def test_the_runbook_explains_every_problem() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (no|unknown) \|", RUNBOOK, re.MULTILINE)
+    assert sorted(rows) == sorted(
+        (problem.code, str(problem.status), problem.money_moved) for problem in PROBLEMS.values()
+    )
+
+
+def test_prometheus_finds_the_service() -> None:
+    monitor = yaml.safe_load((MONITORING / "servicemonitor.yaml").read_text())["spec"]
+    service = yaml.safe_load((ROOT / "k8s" / "service.yaml").read_text())
+    assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert service["metadata"]["namespace"] in monitor["namespaceSelector"]["matchNames"]
+    overlay = (ROOT / "k8s" / "overlays" / "production" / "kustomization.yaml").read_text()
+    assert yaml.safe_load(overlay)["namespace"] in monitor["namespaceSelector"]["matchNames"]
+    (endpoint,) = monitor["endpoints"]
+    assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
+    assert endpoint["path"] == "/metrics"
+
+
+def test_what_is_applied_with_kubectl_is_no_more_than_these_two() -> None:
+    applied = [path for path in MONITORING.iterdir() if path.suffix in {".json", ".yaml", ".yml"}]
+    kinds = {yaml.safe_load(path.read_text())["kind"] for path in applied}
+    assert kinds == {"ServiceMonitor", "PrometheusRule"}
+
+
+def test_the_dashboard_asks_the_source_that_is_chosen_and_its_panels_do_not_overlap() -> None:
+    assert DASHBOARD["templating"]["list"][0]["type"] == "datasource"
+    for panel in PANELS:
+        for one in (panel, *panel["targets"]):
+            assert one["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [panel["gridPos"] for panel in panels]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    for one, other in combinations(places, 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or below
