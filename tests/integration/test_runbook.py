@@ -8,14 +8,17 @@ import pytest
 from database import Database
 
 RUNBOOK = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
-STATEMENTS = re.findall(r"^ *```sql\n(.*?)^ *```", RUNBOOK, re.DOTALL | re.MULTILINE)
+USER, KEY = 710_001, "the-key"
+STATEMENTS = [
+    statement.replace("1001", str(USER))  # the runbook's user may be there, with entries
+    for statement in re.findall(r"^ *```sql\n(.*?)^ *```", RUNBOOK, re.DOTALL | re.MULTILINE)
+]
 LAST_ENTRIES = "kind, amount_delta, balance_after, item"
-USER, KEY = 1001, "the-key"  # the runbook's
 
 
 @pytest.fixture
 def ledger(database: Database) -> Iterator[Database]:
-    """The runbook's user with two debits, in a transaction that is taken back."""
+    """A user with two debits, in a transaction that is taken back."""
     with database.connection.transaction(force_rollback=True):
         database.add_user(1000, user_id=USER)
         for key in ("earlier", KEY):
