@@ -2,14 +2,12 @@
 
 import argparse
 import json
-import shutil
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.measurement import PROFILES, Bench, Result, run_program
+from bench.measurement import PROFILES, Bench, Result, plain_failures, run_program
 from bench.observability import measure_observability
-from bench.stack import BenchFailed, await_answer, server
+from bench.stack import await_answer, server
 
 CONNECTIONS = (1, 32, 128)
 
@@ -117,27 +115,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="keep the figures in this file")
     parser.add_argument("--compare", type=Path, help="compare with a file kept before")
     arguments = parser.parse_args()
-    if shutil.which("wrk") is None:
-        sys.exit("bench: wrk is missing; install it (Debian: apt-get install wrk).")
-    print(f"{'peer':26}{'profile':18}{'conns':>5}{'debits/s':>10}{'p50 ms':>9}", end="")
-    print(f"{'p95 ms':>9}{'p99 ms':>9}{'failed':>8}")
     bench = Comparison(arguments.seconds)
-    try:
+    with plain_failures():
+        print(f"{'peer':26}{'profile':18}{'conns':>5}{'debits/s':>10}{'p50 ms':>9}", end="")
+        print(f"{'p95 ms':>9}{'p99 ms':>9}{'failed':>8}")
         bench.run()
-    except BenchFailed as error:
-        sys.exit(f"bench: {error}")
-    except KeyboardInterrupt:
-        sys.exit("bench: stopped.")
     bench.print_ratios()
     if arguments.compare:
         compare(bench.results, arguments.compare)
     if arguments.json:
         kept = {"results": [asdict(result) for result in bench.results], "facts": bench.facts}
         arguments.json.write_text(json.dumps(kept, indent=1))
-    print(f"\nThe books: {len(bench.faults)} faults")
-    for fault in bench.faults:
-        print(f"  {fault}")
-    sys.exit(bool(bench.faults))
+    bench.end()
 
 
 if __name__ == "__main__":

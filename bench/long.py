@@ -3,7 +3,6 @@
 import argparse
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +10,8 @@ from contextlib import contextmanager
 
 import psycopg
 
-from bench.measurement import Bench, run_program
-from bench.stack import BenchFailed, await_answer, server
+from bench.measurement import Bench, plain_failures, run_program
+from bench.stack import await_answer, server
 from devstack.postgres import database_url
 
 USERS, ENTRIES_EACH = 100_000, 100
@@ -102,17 +101,12 @@ def main() -> None:
     limit = threading.Timer(60 * arguments.minutes_max, os.kill, (os.getpid(), signal.SIGINT))
     limit.daemon = True
     limit.start()
-    try:
+    with plain_failures():
         if arguments.what == "soak":
             bench.soak(arguments.debits)
         else:
             bench.grow()
-    except BenchFailed as error:
-        sys.exit(f"bench: {error}")
-    except KeyboardInterrupt:
-        sys.exit("bench: stopped.")
-    print(f"The books: {len(bench.faults)} faults {bench.faults[:3]}")
-    sys.exit(bool(bench.faults))
+    bench.end()
 
 
 if __name__ == "__main__":

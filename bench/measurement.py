@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psycopg
 
@@ -125,6 +128,13 @@ class Bench:
             count, later = later, self._count_debits()
         return count
 
+    def end(self) -> NoReturn:
+        """Print what the books say; the exit status is 1 if they have a fault."""
+        print(f"\nThe books: {len(self.faults)} faults")
+        for fault in self.faults:
+            print(f"  {fault}")
+        sys.exit(bool(self.faults))
+
     def audit(self) -> None:
         with psycopg.connect(database_url(self.postgres_port)) as connection:
             for user_id, fault in connection.execute("select * from public.audit_ledger()"):
@@ -136,6 +146,19 @@ class Bench:
             for result in self.results
             if (result.peer, result.profile, result.connections) == (peer, profile, connections)
         )
+
+
+@contextmanager
+def plain_failures() -> Iterator[None]:
+    """End the program with one line when wrk is missing, a part fails, or Ctrl-C comes."""
+    if shutil.which("wrk") is None:
+        sys.exit("bench: wrk is missing; install it (Debian: apt-get install wrk).")
+    try:
+        yield
+    except BenchFailed as error:
+        sys.exit(f"bench: {error}")
+    except KeyboardInterrupt:
+        sys.exit("bench: stopped.")
 
 
 def run_wrk(port: int, connections: int, seconds: float, profile: str, target: str) -> str:

@@ -1,8 +1,6 @@
 """Several processes of the service on one database: what they, and a hot user, cost each other."""
 
 import argparse
-import shutil
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -12,9 +10,9 @@ import httpx
 import psycopg
 from prometheus_client.parser import text_string_to_metric_families
 
-from bench.measurement import Bench, Result, free_ports
+from bench.measurement import Bench, Result, free_ports, plain_failures
 from bench.observability import processor_seconds
-from bench.stack import BenchFailed, await_answer, server
+from bench.stack import await_answer, server
 from devstack.postgres import database_url
 
 PROCESSES = (1, 2, 3)
@@ -142,24 +140,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.seconds <= SECONDS_MAX:
         parser.error(f"--seconds is from 1 to {SECONDS_MAX}")
-    if shutil.which("wrk") is None:
-        sys.exit("bench: wrk is missing; install it (Debian: apt-get install wrk).")
-    print(
-        f"{'processes':9}  {'profile':18}{'debits/s':>10}{'ratio':>7}{'p50 ms':>9}{'p99 ms':>9}"
-        f"{'busy':>8}{'lone':>8}{'debits/call':>12}{'service µs':>11}{'Postgres µs':>12}"
-        f"{'failed':>8}"
-    )
     bench = Replicas(arguments.seconds)
-    try:
+    with plain_failures():
+        print(
+            f"{'processes':9}  {'profile':18}{'debits/s':>10}{'ratio':>7}{'p50 ms':>9}{'p99 ms':>9}"
+            f"{'busy':>8}{'lone':>8}{'debits/call':>12}{'service µs':>11}{'Postgres µs':>12}"
+            f"{'failed':>8}"
+        )
         bench.run()
-    except BenchFailed as error:
-        sys.exit(f"bench: {error}")
-    except KeyboardInterrupt:
-        sys.exit("bench: stopped.")
-    print(f"\nThe books: {len(bench.faults)} faults")
-    for fault in bench.faults:
-        print(f"  {fault}")
-    sys.exit(bool(bench.faults))
+    bench.end()
 
 
 if __name__ == "__main__":
