@@ -37,7 +37,8 @@ class StackFailed(Exception):
 
 def main() -> None:
     arguments = _parse_arguments()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: a shell lets what it starts in the background ignore it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
         with ExitStack() as stack:

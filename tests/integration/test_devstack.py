@@ -45,9 +45,13 @@ def command(data: Path, ports: dict[str, int]) -> list[str]:
 def running_stack(
     data: Path, ports: dict[str, int], stop: signal.Signals
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start the stack, wait until it has printed its addresses, and end it with a signal."""
+    """Start the stack, wait until it has printed its addresses, and end it with a signal.
+
+    It starts as a shell starts what runs in the background: with SIGINT ignored.
+    """
+    in_background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command(data, ports)]
     with subprocess.Popen(
-        command(data, ports), stdout=subprocess.PIPE, text=True, start_new_session=True
+        in_background, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as stack:
         printed = read_until_up(stack)
         try:
