@@ -115,9 +115,12 @@ class IssuerKeys:
     the issuer. While it cannot be reached, the keys known go on.
     """
 
-    def __init__(self, client: httpx.AsyncClient, url: str) -> None:
+    def __init__(
+        self, client: httpx.AsyncClient, url: str, age_seconds_max: float = KEYS_AGE_SECONDS_MAX
+    ) -> None:
         self._client = client
         self._url = url
+        self._age_seconds_max = age_seconds_max
         self._keys: dict[str | None, IssuerKey] = {}
         self._absent: TTLCache[str | None, bool] = TTLCache(ABSENT_MAX, ABSENT_SECONDS)
         self._asked_at = float("-inf")
@@ -129,15 +132,17 @@ class IssuerKeys:
         Raises:
             AuthenticationUnavailable: it is not known, and the issuer cannot be asked.
         """
-        if key := self._find(key_id):
-            if _now() - self._asked_at > KEYS_AGE_SECONDS_MAX:
-                self._refresh()  # not waited for: a key that is known goes on until it is gone
+        key = self._find(key_id)
+        if key and _now() - self._asked_at <= self._age_seconds_max:
             return key
-        if key_id in self._absent:
+        if key is None and key_id in self._absent:
             return None
-        if not await asyncio.shield(self._refresh()):
+        # Also for a known key that is old, since it may be withdrawn; others go on meanwhile.
+        have_come = await asyncio.shield(self._refresh())
+        key = self._find(key_id)
+        if key is None and not have_come:
             raise AuthenticationUnavailable
-        if (key := self._find(key_id)) is None:
+        if key is None:
             self._absent[key_id] = True
         return key
 

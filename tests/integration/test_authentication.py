@@ -1,5 +1,6 @@
 """Who may call: tokens with real signatures, and an issuer that publishes its keys over HTTP."""
 
+import asyncio
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import pytest
 from database import Database
 from issuer import AUDIENCE, ISSUER, ROLE, Issuer, make_token, public_pem, published
 from servers import RawServer, SocketServer, http_answer
+
+from app.auth import IssuerKeys
 
 Start = Callable[..., httpx.Client]
 ALGORITHMS = ["RS256", "RS512", "PS256", "ES256", "ES384", "EdDSA"]
@@ -261,6 +264,22 @@ def test_known_keys_go_on_while_the_issuer_is_down(service: httpx.Client, issuer
     issuer.is_up = True
     issuer.keys.append(published("second", "RS256"))
     assert code(ask(service, make_token("second"))) == LET_IN
+
+
+def test_a_withdrawn_key_ends_when_the_keys_are_old_unless_the_issuer_is_down(
+    issuer: Issuer,
+) -> None:
+    async def find_first() -> list[bool]:
+        async with httpx.AsyncClient() as client:
+            keys = IssuerKeys(client, issuer.url, age_seconds_max=0)
+            found = [await keys.get("first") is not None]
+            issuer.is_up, issuer.keys = False, [published("second", "RS256")]
+            found.append(await keys.get("first") is not None)
+            issuer.is_up = True
+            found.append(await keys.get("first") is not None)
+        return found
+
+    assert asyncio.run(find_first()) == [True, True, False]
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"keys": []}', b'{"keys": [{"kty": "oct"}]}'])
