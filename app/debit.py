@@ -40,7 +40,13 @@ class Debits:
         metrics.WAITING.set_function(lambda: self._waiting)
         metrics.WAITING_MAX.set(waiting_max)
 
-    async def debit_user_for_item(self, debit: DebitRequest, callers_key: str | None) -> Debited:
+    def deadline(self) -> float:
+        """Until when a request that comes now is answered, by the event loop's clock."""
+        return asyncio.get_running_loop().time() + self._timeout_seconds
+
+    async def debit_user_for_item(
+        self, debit: DebitRequest, callers_key: str | None, deadline: float
+    ) -> Debited:
         """Charge the user for the item, if it is for sale and the ledger's rules allow it.
 
         Raises:
@@ -50,20 +56,21 @@ class Debits:
             raise Overloaded
         self._waiting += 1
         try:
-            return await self._debit(debit, callers_key)
+            return await self._debit(debit, callers_key, deadline)
         finally:
             self._waiting -= 1
 
-    async def find_outcome(self, user_id: int, key: str) -> Outcome | None:
+    async def find_outcome(self, user_id: int, key: str, deadline: float) -> Outcome | None:
         """Look up what was answered under a key; None if nothing is recorded.
 
         Raises:
             LedgerUnavailable: it could not be looked up.
         """
-        return await self._ledger.find(user_id, key, self._deadline())
+        return await self._ledger.find(user_id, key, deadline)
 
-    async def _debit(self, debit: DebitRequest, callers_key: str | None) -> Debited:
-        deadline = self._deadline()
+    async def _debit(
+        self, debit: DebitRequest, callers_key: str | None, deadline: float
+    ) -> Debited:
         try:
             item = await self._products.get_item(debit.item_id)
             if not item.active:
@@ -83,9 +90,6 @@ class Debits:
         if earlier is None or not earlier.is_about(debit):
             raise refusal
         return earlier
-
-    def _deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self._timeout_seconds
 
 
 def _charged(outcome: Outcome) -> Debited:

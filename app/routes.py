@@ -1,5 +1,6 @@
 """The HTTP surface: what is read from a request, and what is answered."""
 
+import asyncio
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -107,9 +108,10 @@ async def _take_debit(request: Request) -> Debited:
     debit = await _read_debit(request)
     key = _read_key(request)
     services: Services = request.state.services
+    deadline = services.debits.deadline()
     if services.authentication:
-        await _authenticate(request, services.authentication)
-    return await services.debits.debit_user_for_item(debit, key)
+        await _authenticate(request, services.authentication, deadline)
+    return await services.debits.debit_user_for_item(debit, key, deadline)
 
 
 async def get_outcome(
@@ -122,9 +124,10 @@ async def get_outcome(
     Answers what the debit under this key answered: the payment, or the code of its decline.
     """
     services: Services = request.state.services
+    deadline = services.debits.deadline()
     if services.authentication:
-        await _authenticate(request, services.authentication)
-    outcome = await services.debits.find_outcome(user_id, idempotency_key)
+        await _authenticate(request, services.authentication, deadline)
+    outcome = await services.debits.find_outcome(user_id, idempotency_key, deadline)
     if outcome is None:
         raise errors.PaymentNotFound
     return _json(
@@ -233,10 +236,15 @@ def add_routes(app: FastAPI) -> None:
     )
 
 
-async def _authenticate(request: Request, authentication: Authentication) -> None:
+async def _authenticate(request: Request, authentication: Authentication, deadline: float) -> None:
     """Check the caller's token, and keep it for the products service, which asks for one."""
     authorization = request.headers.get("authorization")
-    callers_token.set(await authentication.authenticate(authorization))
+    try:
+        async with asyncio.timeout_at(deadline):
+            token = await authentication.authenticate(authorization)
+    except TimeoutError as error:
+        raise errors.AuthenticationUnavailable from error
+    callers_token.set(token)
 
 
 async def _read_debit(request: Request) -> DebitRequest:

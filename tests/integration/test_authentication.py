@@ -14,7 +14,7 @@ from database import Database
 from issuer import AUDIENCE, ISSUER, ROLE, Issuer, make_token, public_pem, published
 from servers import RawServer, SocketServer, http_answer
 
-from app.auth import IssuerKeys
+from app.auth import KEYS_TIMEOUT_SECONDS, IssuerKeys
 
 Start = Callable[..., httpx.Client]
 ALGORITHMS = ["RS256", "RS512", "PS256", "ES256", "ES384", "EdDSA"]
@@ -280,6 +280,16 @@ def test_a_withdrawn_key_ends_when_the_keys_are_old_unless_the_issuer_is_down(
         return found
 
     assert asyncio.run(find_first()) == [True, True, False]
+
+
+def test_waiting_for_the_issuer_is_part_of_the_time_that_a_request_has(
+    start_service: Start,
+) -> None:
+    with RawServer(None, holds=True) as silent:
+        service = start_service(auth_jwks_url=silent.url, request_timeout_seconds=1)
+        answer = ask(service, make_token())
+    assert code(answer) == "authentication_unavailable"
+    assert answer.elapsed.total_seconds() < KEYS_TIMEOUT_SECONDS
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"keys": []}', b'{"keys": [{"kty": "oct"}]}'])
