@@ -10,8 +10,9 @@ import httpx
 import jwt
 from cachetools import TTLCache
 
+from app import metrics
 from app.errors import AuthenticationUnavailable, Forbidden, Unauthenticated
-from app.tracing import dependency_call
+from app.tracing import FAILED, dependency_call
 
 KEYS_TIMEOUT_SECONDS = 2.0
 KEYS_AGE_SECONDS_MAX = 300.0  # after this the keys are asked for again, so that withdrawn ones end
@@ -125,6 +126,7 @@ class IssuerKeys:
         self._absent: TTLCache[str | None, bool] = TTLCache(ABSENT_MAX, ABSENT_SECONDS)
         self._asked_at = float("-inf")
         self._refreshing: asyncio.Task[bool] | None = None
+        metrics.announce_failing_call("issuer", "get_keys", FAILED)
 
     async def get(self, key_id: str | None) -> IssuerKey | None:
         """Find a key; None if the issuer does not publish it.

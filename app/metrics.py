@@ -1,6 +1,7 @@
 """What the process counts and measures, for Prometheus; no label grows with users or items."""
 
 import platform
+from collections.abc import Iterable
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -49,10 +50,24 @@ BUILD_INFO.labels(__version__, platform.python_version()).set(1)
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 
 
-def announce_outcomes(*outcomes: str) -> None:
-    """Show each outcome from the start, with 0: a rate over what is not there is nothing."""
-    for outcome in outcomes:
+def announce(*, debits: Iterable[str], replays: Iterable[str]) -> None:
+    """Show each outcome from the start, with 0: the first of what was not there is no increase."""
+    for outcome in debits:
         DEBITS.labels(outcome)
+    for outcome in replays:
+        REPLAYS.labels(outcome)
+
+
+def announce_failures(method: str, route: str, statuses: Iterable[int]) -> None:
+    """Show the statuses with which a route fails from the start, with 0."""
+    for status in statuses:
+        if status >= 500:
+            REQUEST_SECONDS.labels(method, route, str(status))
+
+
+def announce_failing_call(dependency: str, operation: str, outcome: str) -> None:
+    """Show a failure of calls to a dependency from the start, with 0."""
+    CALL_SECONDS.labels(dependency, operation, outcome)
 
 
 def render() -> bytes:

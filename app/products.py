@@ -12,6 +12,7 @@ from async_lru import alru_cache
 from cachetools import TTLCache
 from pydantic import BaseModel, ConfigDict, Field
 
+from app import metrics
 from app.errors import Forbidden, ItemNotFound, ProductsUnavailable
 from app.tracing import dependency_call
 
@@ -59,6 +60,7 @@ class Products:
             self._fetch = alru_cache(maxsize=ITEMS_MAX, ttl=cache_seconds)(self._fetch_item)
         self._last_good: TTLCache[UUID, Item] = TTLCache(ITEMS_MAX, LAST_GOOD_SECONDS_MAX)
         self.last_state = "not asked yet"
+        metrics.announce_failing_call("products", "get_item", ProductsUnavailable.code)
 
     async def get_item(self, item_id: UUID) -> Item:
         """Ask for an item.

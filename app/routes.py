@@ -173,7 +173,15 @@ async def get_problem(code: str) -> ProblemExplanation:
 
 
 def add_routes(app: FastAPI) -> None:
-    metrics.announce_outcomes("debited", *(problem.code for problem in DEBIT_PROBLEMS))
+    metrics.announce(
+        debits=["debited", *(problem.code for problem in DEBIT_PROBLEMS)],
+        replays=["debited", *OUTCOME_ERRORS],
+    )
+    for method, path, problems in (
+        ("POST", "/payments/debit", DEBIT_PROBLEMS),
+        ("GET", "/payments/outcome", OUTCOME_PROBLEMS),
+    ):
+        metrics.announce_failures(method, path, (problem.status for problem in problems))
     # The first route answers; the second, never reached, only documents it. FastAPI's own way
     # from a request to a function that reads it by hand would cost one debit in twenty.
     app.add_route("/payments/debit", post_debit, methods=["POST"], include_in_schema=False)

@@ -22,6 +22,7 @@ from app import metrics
 from app.errors import PaymentError
 
 TRACES_PER_SECOND_MAX = 100
+FAILED = "failed"  # the outcome of a call that ended otherwise than in an answer or a problem
 # https://www.w3.org/TR/trace-context/#traceparent-header
 TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
@@ -118,7 +119,7 @@ async def pass_on_traceparent(request: httpx.Request) -> None:
 @contextmanager
 def dependency_call(dependency: str, operation: str) -> Iterator[None]:
     """Count, time and trace a call; its outcome is "ok" or the code of the problem raised."""
-    outcome = "failed"
+    outcome = FAILED
     started = perf_counter()
     # A trace begins with a request: what the service asks on its own account is part of none.
     is_traced_now = trace.get_current_span().is_recording()

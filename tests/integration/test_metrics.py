@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from servers import RawServer, service_process
 
 from app import __version__
+from app.outcomes import OUTCOME_ERRORS
 from app.routes import DEBIT_PROBLEMS
 
 Samples = dict[tuple[str, ...], float]
@@ -70,10 +71,18 @@ def test_debits_are_counted_by_outcome_with_their_amount_and_replays_apart(
     assert samples["payment_replays_total", "insufficient_funds"] == 1
 
 
-def test_every_outcome_is_there_from_the_start(service: httpx.Client) -> None:
+def test_outcomes_and_failures_are_there_from_the_start(service: httpx.Client) -> None:
     samples = read(service)
     for code in ("debited", *(problem.code for problem in DEBIT_PROBLEMS)):
         assert samples["payment_debits_total", code] == 0
+    for code in ("debited", *OUTCOME_ERRORS):
+        assert samples["payment_replays_total", code] == 0
+    requests = "http_request_duration_seconds_count"
+    for status in ("500", "503", "504"):
+        assert samples[requests, "POST", "/payments/debit", status] == 0
+    assert samples[requests, "GET", "/payments/outcome", "503"] == 0
+    calls = "payment_dependency_call_duration_seconds_count"
+    assert samples[calls, "products", "get_item", "products_unavailable"] == 0
 
 
 def test_requests_are_counted_by_route_method_and_status(service: httpx.Client) -> None:
@@ -105,7 +114,7 @@ def test_no_label_grows_with_users_items_paths_or_methods(
     for number in range(3, 20):
         use(number)
     assert set(read(service)) == before
-    assert len(before) < 700
+    assert len(before) < 800
 
 
 def test_calls_to_the_dependencies_are_counted_by_outcome(
