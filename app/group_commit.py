@@ -73,6 +73,8 @@ class GroupCommit:
         """
         if self._is_off:
             return await self._ledger.debit(debit, key, deadline)
+        if asyncio.get_running_loop().time() >= deadline:
+            raise LedgerUnavailable  # it was never sent
         waiting = Waiting(debit, key, deadline)
         self._lanes[debit.user_id % LANES].add(waiting)
         try:
@@ -145,15 +147,19 @@ class _Lane:
             )
         except PaymentError as failure:
             logger.warning("a batch of %d failed: %s", len(batch), failure.code)
-            for waiting in batch:
-                work = self._settle_alone(waiting, isinstance(failure, OutcomeUnknown))
-                self._start(work, waiting.context)
+            self._settle_each(batch, perhaps_done=isinstance(failure, OutcomeUnknown))
+            return
+        except Exception:  # a bug must not leave those waiting who came with it, or after it
+            logger.exception("a batch of %d failed", len(batch))
+            self._settle_each(batch, perhaps_done=True)
             return
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if outcome is not None:
                 waiting.settle(outcome)
                 continue
             waiting.is_sent = False  # its row was held, and nothing was done
+            if waiting.outcome.done():
+                continue  # its deadline has passed
             if waiting.debit.user_id in self._parked:
                 self._parked[waiting.debit.user_id].append(waiting)
             else:
@@ -161,16 +167,20 @@ class _Lane:
 
     def _start_lone(self, waiting: Waiting) -> asyncio.Task[None]:
         """Send a debit alone; its user's other debits are parked until it returns."""
+        waiting.is_sent = True  # from here on: its deadline may pass before the task has begun
         _ = self._parked[waiting.debit.user_id]
         return self._start(self._run_lone(waiting), waiting.context)
 
     async def _run_lone(self, waiting: Waiting) -> None:
-        waiting.is_sent = True
         try:
             await self._settle_alone(waiting, perhaps_done=False)
         finally:
             for parked in self._parked.pop(waiting.debit.user_id):
                 self.add(parked)
+
+    def _settle_each(self, batch: list[Waiting], perhaps_done: bool) -> None:
+        for waiting in batch:
+            self._start(self._settle_alone(waiting, perhaps_done), waiting.context)
 
     async def _settle_alone(self, waiting: Waiting, perhaps_done: bool) -> None:
         ask = self._ledger.settle if perhaps_done else self._ledger.debit

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import random
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -38,11 +39,17 @@ NOT_DONE_CODES = (
     *("53", "55P03", "57014", "40001", "40P01", "25006"),
 )
 # The connection to the database was lost, perhaps after the commit, or PostgREST itself failed.
-UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0")
+UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0", "40003")
+# A code of PostgREST or of Postgres. What has another is a word of somebody between, such as a
+# proxy, or the HTTP status that the client puts in: neither tells about the transaction.
+LEDGER_CODE = re.compile(r"PGRST\w+|[0-9A-Z]{5}")
 
 # The transport lets some of its own errors through, such as that of an answer that is no HTTP;
-# a ValueError is an answer that is no JSON, or none of ours.
-CALL_ERRORS = (APIError, httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError)
+# a ValueError is an answer that is no JSON, or none of ours, a RecursionError one without end.
+CALL_ERRORS = (
+    *(APIError, httpx.HTTPError, aiohttp.ClientError, TimeoutError),
+    *(ValueError, RecursionError),
+)
 
 Answer = TypeVar("Answer")
 
@@ -172,6 +179,8 @@ class Ledger:
         except TimeoutError as error:
             raise LedgerUnavailable from error  # it was never sent
         try:
+            if _now() >= deadline:
+                raise LedgerUnavailable  # neither was this: a call can be sent before it times out
             with dependency_call("ledger", function):
                 return await self._ask_once(function, arguments, deadline, read)
         finally:
@@ -204,10 +213,12 @@ def classify_failure(error: Exception) -> type[PaymentError]:
         return LedgerUnavailable
     if not isinstance(error, APIError):
         return OutcomeUnknown
-    # Three digits are the HTTP status that the client puts in when the body is no PostgREST
-    # error, as with a proxy's page. What a proxy says is no word about the transaction.
-    code = str(error.code or "000")
-    if (code.isdecimal() and len(code) == 3) or code.startswith(UNKNOWN_CODES):
+    code = error.code
+    if (
+        not isinstance(code, str)
+        or not LEDGER_CODE.fullmatch(code)
+        or code.startswith(UNKNOWN_CODES)
+    ):
         return OutcomeUnknown
     if code.startswith(NOT_DONE_CODES):
         return LedgerUnavailable

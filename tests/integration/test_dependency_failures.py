@@ -1,5 +1,7 @@
 """What the caller is told when a dependency fails, and that it is true."""
 
+import socket
+import time
 from collections.abc import Callable
 from uuid import UUID, uuid4
 
@@ -7,7 +9,7 @@ import httpx
 import psycopg
 import pytest
 from database import Database
-from servers import RawServer, http_answer
+from servers import RawServer, SocketServer, http_answer
 
 from devstack.keys import ANON_KEY
 from devstack.postgres import database_url
@@ -74,6 +76,26 @@ def test_a_products_service_that_is_down_charges_nobody(
     assert debit(service, user_id, item_id) == PRODUCTS_UNAVAILABLE
     assert database.debits(user_id) == []
     assert service.get("/ready").json()["dependencies"]["products"] == "unavailable"
+
+
+def test_a_debit_whose_time_is_up_when_the_item_is_known_is_not_sent(
+    start_service: Start, database: Database
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+
+    def answer_late(connection: socket.socket, _: bytes) -> None:
+        time.sleep(1.1)
+        connection.sendall(item_answer(item_id, '"price": 350, "active": true'))
+
+    with SocketServer(answer_late) as products:
+        for size in (1, 64):
+            service = start_service(
+                products_service_url=products.url,
+                request_timeout_seconds=1,
+                debit_batch_size_max=size,
+            )
+            assert debit(service, user_id, item_id) == LEDGER_UNAVAILABLE
+    assert database.debits(user_id) == []
 
 
 @pytest.mark.parametrize("answer", [None, b"HTTP/1.1 200 OK\r\n"], ids=["silent", "stalled"])

@@ -78,6 +78,11 @@ UNKNOWN = [
     "502",
     "503",
     "520",
+    "40003",
+    "1015",
+    "UPSTREAM_TIMEOUT",
+    "InternalServerError",
+    "",
 ]
 REJECTED = [
     "42501",
@@ -102,6 +107,7 @@ REJECTED = [
         *((code, LedgerRejected) for code in REJECTED),
         (None, OutcomeUnknown),
         (502, OutcomeUnknown),
+        (23514, OutcomeUnknown),
     ],
 )
 def test_an_answer_of_the_gateway_is_classified_by_its_code(

@@ -1,0 +1,123 @@
+"""What becomes of debits when their time is up, or a bug strikes, between two turns of the loop."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import cast
+from uuid import UUID, uuid4
+
+import pytest
+
+from app.errors import LedgerUnavailable
+from app.group_commit import LANES, GroupCommit
+from app.ledger import Ledger
+from app.outcomes import Debited, Outcome
+from app.schemas import DebitRequest
+
+ITEM = uuid4()
+
+
+class FakeLedger:
+    """Remembers what was sent alone; a lane's first call waits for `first`, a batch for `batch`."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.first: asyncio.Future[None] = loop.create_future()
+        self.batch: asyncio.Future[None] = loop.create_future()
+        self.batch_is_sent = asyncio.Event()
+        self.sent_alone: list[str] = []
+
+    async def debit(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
+        del deadline
+        self.sent_alone.append(key)
+        if key == "first":
+            await self.first
+        return debited(debit)
+
+    settle = debit
+
+    async def debit_batch(self, debits: Sequence[tuple[DebitRequest, str]]) -> list[Outcome | None]:
+        self.batch_is_sent.set()
+        await self.batch
+        return [None] * len(debits)
+
+
+def debited(debit: DebitRequest) -> Debited:
+    return Debited(
+        user_id=debit.user_id,
+        new_balance=0,
+        transaction_id=UUID(int=1),
+        item_id=debit.item_id,
+        amount=350,
+        created_at=datetime.now(UTC),
+        outcome="debited",
+        expected_price=None,
+        replayed=False,
+    )
+
+
+class Lane:
+    """Group commit on a fake ledger, with a batch of two under way behind a first debit."""
+
+    async def begin(self, seconds: float) -> None:
+        self.ledger = FakeLedger()
+        self.group_commit = GroupCommit(cast("Ledger", self.ledger), batch_size_max=64)
+        self.deadline = asyncio.get_running_loop().time() + seconds
+        first = self.debit(LANES, "first", self.deadline + 5)
+        await asyncio.sleep(0)
+        self.debits = [self.debit(LANES * n, f"{n}", self.deadline) for n in (2, 3)]
+        await self.ledger.batch_is_sent.wait()
+        self.ledger.first.set_result(None)
+        await first
+
+    def debit(self, user_id: int, key: str, deadline: float) -> asyncio.Task[Outcome]:
+        request = DebitRequest(user_id=user_id, item_id=ITEM)
+        return asyncio.create_task(self.group_commit.debit(request, key, deadline))
+
+    async def outcomes(self) -> list[Outcome | BaseException]:
+        return await asyncio.gather(*self.debits, return_exceptions=True)
+
+
+def test_who_is_told_not_charged_when_a_row_was_held_is_not_charged_afterwards() -> None:
+    async def let_the_deadline_pass_as_the_answer_comes() -> None:
+        lane = Lane()
+        await lane.begin(seconds=0.1)
+        asyncio.get_running_loop().call_at(
+            lane.deadline - 0.001, lane.ledger.batch.set_result, None
+        )
+        time.sleep(lane.deadline + 0.01 - time.monotonic())  # noqa: ASYNC251 - both in one turn
+        outcomes = await lane.outcomes()
+        await asyncio.sleep(0.05)
+        assert [type(outcome) for outcome in outcomes] == [LedgerUnavailable] * 2
+        assert lane.ledger.sent_alone == ["first"]
+
+    asyncio.run(let_the_deadline_pass_as_the_answer_comes())
+
+
+def test_what_comes_after_its_deadline_is_never_sent() -> None:
+    async def come_late() -> None:
+        ledger = FakeLedger()
+        group_commit = GroupCommit(cast("Ledger", ledger), batch_size_max=64)
+        late = asyncio.get_running_loop().time() - 0.001
+        with pytest.raises(LedgerUnavailable):
+            await group_commit.debit(DebitRequest(user_id=1, item_id=ITEM), "late", late)
+        await asyncio.sleep(0.01)
+        assert ledger.sent_alone == []
+
+    asyncio.run(come_late())
+
+
+def test_a_bug_in_a_batch_strands_neither_it_nor_those_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail() -> None:
+        lane = Lane()
+        await lane.begin(seconds=5)
+        lane.debits += [lane.debit(LANES * 4, "behind", lane.deadline)]
+        await asyncio.sleep(0)
+        lane.ledger.batch.set_exception(RuntimeError("a bug"))
+        assert [type(outcome) for outcome in await lane.outcomes()] == [Debited] * 3
+
+    asyncio.run(fail())
+    assert "a batch of 2 failed" in caplog.text
