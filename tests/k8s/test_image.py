@@ -103,6 +103,7 @@ def test_the_command_is_in_exec_form_and_understood_by_the_server() -> None:
     assert understood["host"] == "0.0.0.0"  # noqa: S104 - a container is reached from outside
     assert [str(understood["port"])] == arguments("EXPOSE")
     assert understood["timeout_graceful_shutdown"] == 20
+    assert understood["timeout_keep_alive"] > 60  # which is how long proxies keep a connection
     assert understood["server_header"] is False
 
 
