@@ -20,7 +20,9 @@ def configure_logging(level: str) -> None:
     render: list[Processor] = [structlog.processors.format_exc_info, _as_json]
     if sys.stderr.isatty():
         stamp = [structlog.processors.add_log_level, structlog.processors.TimeStamper("%H:%M:%S")]
-        render = [structlog.dev.ConsoleRenderer()]
+        # Its own choice would show the variables of each function, and tokens and keys among them.
+        plain = structlog.dev.plain_traceback
+        render = [structlog.dev.ConsoleRenderer(exception_formatter=plain)]
     # Lines of requests are many, and go past the standard library, which doubles their cost.
     structlog.configure(
         processors=[*stamp, render[-1], cast("Processor", _as_bytes)],
@@ -44,6 +46,9 @@ def configure_logging(level: str) -> None:
     root.addHandler(handler)
     root.setLevel(level)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per call says nothing new
+    logging.getLogger("uvicorn.asgi").setLevel(logging.INFO)  # its trace shows requests' headers
+    # It warns of an OTEL_EXPORTER_OTLP_HEADERS that it cannot read by repeating it.
+    logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
     _take_over_from_server()
 
 

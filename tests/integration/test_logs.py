@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,21 @@ from devstack.keys import SERVICE_ROLE_KEY
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
+
+
+FAIL = """
+import logging
+from app.logs import configure_logging
+
+def debit(key):
+    raise RuntimeError("a bug")
+
+configure_logging("INFO")
+try:
+    debit("a-key-of" + "-the-caller")
+except RuntimeError:
+    logging.getLogger("app").exception("request failed")
+"""
 
 
 @pytest.fixture
@@ -130,7 +146,11 @@ def test_a_failure_of_a_dependency_is_told_with_the_request_that_met_it(
 def test_keys_and_tokens_are_never_logged(logged: Callable[..., str], database: Database) -> None:
     body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
     tokens = [make_token(), make_token(exp=int(time.time()) - 1), make_token("unknown"), "abc.def"]
-    secrets = ["my-own-key-1", SERVICE_ROLE_KEY, *tokens]
+    secrets = ["my-own-key-1", SERVICE_ROLE_KEY, "collectors-own-key", *tokens]
+    collector = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",
+        "OTEL_EXPORTER_OTLP_HEADERS": f"not as it should be: {secrets[2]}",
+    }
 
     def ask(client: httpx.Client) -> None:
         for token in tokens:
@@ -141,7 +161,7 @@ def test_keys_and_tokens_are_never_logged(logged: Callable[..., str], database: 
             client.get(f"/no-such-path/{token}", params={"token": token})
 
     with Issuer() as issuer:
-        log = logged(ask, AUTH_JWKS_URL=issuer.url, LOG_LEVEL="DEBUG")
+        log = logged(ask, AUTH_JWKS_URL=issuer.url, LOG_LEVEL="DEBUG", **collector)
     assert len(lines_of_requests(log)) == 3 * len(tokens)
     assert {line["code"] for line in lines_of_requests(log)} == {
         *("debited", "ok", "unauthenticated", "not_found")
@@ -168,6 +188,18 @@ def test_a_terminal_gets_lines_for_people(gateway_url: str, products_url: str) -
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).splitlines()
     (line,) = [line for line in lines if "route=/health" in line]
     assert re.match(r"\d\d:\d\d:\d\d \[info +\] request +code=ok", line)
+
+
+def test_a_traceback_at_a_terminal_shows_no_variables() -> None:
+    reader, terminal = os.openpty()
+    subprocess.run([sys.executable, "-c", FAIL], stderr=terminal, check=True)
+    os.close(terminal)
+    with os.fdopen(reader, "rb", closefd=True) as screen, suppress(OSError):
+        text = b""
+        while received := screen.read1():
+            text += received
+    assert b"RuntimeError: a bug" in text
+    assert b"a-key-of-the-caller" not in text
 
 
 def test_wrong_settings_are_told_in_plain_text(tmp_path: Path) -> None:
