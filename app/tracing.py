@@ -21,10 +21,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import metrics
 from app.errors import PaymentError
 
+NO_CONTEXT = context.Context()
 TRACES_PER_SECOND_MAX = 100
 FAILED = "failed"  # the outcome of a call that ended otherwise than in an answer or a problem
 # https://www.w3.org/TR/trace-context/#traceparent-header
-TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+TRACEPARENT = re.compile(
+    rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
 
 
 class RequestIds(NamedTuple):
@@ -62,6 +65,7 @@ class RequestSpans:
             if self._may_begin() if traceparent is None else is_traced(traceparent):
                 await self._trace(scope, receive, send)
                 return
+            context.attach(NO_CONTEXT)  # else that of the connection's last request may go on
         await self._app(scope, receive, send)
 
     def _may_begin(self) -> bool:
@@ -81,6 +85,7 @@ class RequestSpans:
             context=_propagator.extract(headers),
             kind=SpanKind.SERVER,
             attributes={"http.request.method": method},
+            record_exception=False,
         ) as span:
 
             async def send_and_note_status(message: Message) -> None:
@@ -126,7 +131,8 @@ def dependency_call(dependency: str, operation: str) -> Iterator[None]:
     name = f"{dependency} {operation}"
     try:
         with (
-            _tracer.start_as_current_span(name, kind=SpanKind.CLIENT)
+            # Without the exception: its cause can hold what the database said of a row.
+            _tracer.start_as_current_span(name, kind=SpanKind.CLIENT, record_exception=False)
             if is_traced_now
             else nullcontext()
         ):

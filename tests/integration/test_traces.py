@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -158,6 +159,52 @@ def test_a_collector_that_fails_holds_up_nobody(
                 started = time.monotonic()
                 assert service.post("/payments/debit", json=body).status_code == 200
                 assert time.monotonic() - started < 1
+
+
+def test_no_span_holds_what_the_database_said_of_a_row(
+    migrated_port: int, database: Database
+) -> None:
+    user_id, key = database.add_user(), f"refused-{uuid4()}"
+    body = {"user_id": user_id, "item_id": str(database.add_item())}
+    database.connection.execute(
+        'alter table public."Transaction_History" add constraint not_this_key '
+        f"check (idempotency_key <> '{key}') not valid"
+    )
+    try:
+        with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
+            answer = service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
+            assert answer.json()["code"] == "ledger_rejected"
+            collector.await_spans("POST /payments/debit", 1)
+    finally:
+        database.connection.execute(
+            'alter table public."Transaction_History" drop constraint not_this_key'
+        )
+    told = "".join(map(str, collector.spans))
+    assert "LedgerRejected" in told
+    assert key not in told
+    assert str(user_id) not in told
+
+
+def test_requests_sent_at_once_on_a_connection_stay_in_their_own_traces(
+    migrated_port: int,
+) -> None:
+    others_id = TRACE_ID[::-1]
+    traceparents = [f"00-{TRACE_ID}-{CALLERS_SPAN}-01", f"00-{others_id}-{CALLERS_SPAN}-00"]
+    requests = "".join(
+        f"GET /payments/outcome?user_id=1&idempotency_key=never-used HTTP/1.1\r\n"
+        f"Host: x\r\ntraceparent: {traceparent}\r\n\r\n"
+        for traceparent in traceparents
+    )
+    with Collector() as collector, traced(migrated_port, collector.url) as (service, watched):
+        address = (service.base_url.host, service.base_url.port)
+        with socket.create_connection(address) as caller:
+            caller.sendall(requests.encode())
+            answers = b""
+            while answers.count(b"payment_not_found") < 4:  # twice in each
+                answers += caller.recv(65536)
+    heard = watched.traceparents["find_payment"]
+    assert [one[3:35] for one in heard] == [TRACE_ID, others_id]
+    assert heard[1] == traceparents[1]
 
 
 def test_no_span_holds_the_callers_key_or_a_user(migrated_port: int, database: Database) -> None:
