@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query
 from pydantic import BaseModel, ValidationError
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
 from app import errors, metrics
@@ -90,6 +90,8 @@ async def post_debit(request: Request) -> Response:
         counter = metrics.REPLAYS if problem.replayed else metrics.DEBITS
         counter.labels(problem.code).inc()
         raise
+    except ClientDisconnect:
+        raise  # whoever hangs up before the request is there gets no answer, and had no debit
     except Exception:
         metrics.DEBITS.labels(errors.InternalError.code).inc()
         raise

@@ -1,5 +1,6 @@
 """What /metrics shows after a run, of a process that nobody else uses."""
 
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -83,6 +84,18 @@ def test_outcomes_and_failures_are_there_from_the_start(service: httpx.Client) -
     assert samples[requests, "GET", "/payments/outcome", "503"] == 0
     calls = "payment_dependency_call_duration_seconds_count"
     assert samples[calls, "products", "get_item", "products_unavailable"] == 0
+
+
+def test_a_caller_who_hangs_up_before_the_request_is_whole_is_no_fault_of_the_service(
+    service: httpx.Client,
+) -> None:
+    address = (service.base_url.host, service.base_url.port)
+    with socket.create_connection(address) as caller:
+        caller.sendall(b"POST /payments/debit HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    name = "http_request_duration_seconds_count"
+    while (name, "POST", "/payments/debit", "499") not in (samples := read(service)):
+        pass
+    assert samples["payment_debits_total", "internal_error"] == 0
 
 
 def test_requests_are_counted_by_route_method_and_status(service: httpx.Client) -> None:
