@@ -18,11 +18,12 @@ from starlette.types import Receive, Scope, Send
 from supabase import AsyncClient, AsyncClientOptions
 
 from app import __version__
-from app.auth import KEYS_TIMEOUT_SECONDS, Authentication, IssuerKeys
+from app.auth import Authentication
 from app.debit import Debits
 from app.documentation import add_documentation
 from app.errors import PaymentError
 from app.group_commit import GroupCommit
+from app.issuer_keys import KEYS_TIMEOUT_SECONDS, IssuerKeys
 from app.ledger import CALL_TIMEOUT_SECONDS, CALLS_MAX, Ledger
 from app.logs import configure_logging
 from app.observability import RequestContext

@@ -67,8 +67,12 @@ class Issuer(SocketServer):
         self.calls = 0
         self.is_up = True
 
+    def answer(self) -> bytes:
+        """What is published now; nothing while it is down."""
+        body = json.dumps({"keys": self.keys}).encode()
+        return http_answer("200 OK", body) if self.is_up else b""
+
     def _publish(self, connection: socket.socket, request: bytes) -> None:
         del request
         self.calls += 1
-        body = json.dumps({"keys": self.keys}).encode()
-        connection.sendall(http_answer("200 OK", body) if self.is_up else b"")
+        connection.sendall(self.answer())

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +13,10 @@ import httpx
 import jwt
 import pytest
 from database import Database
-from issuer import AUDIENCE, ISSUER, ROLE, Issuer, make_token, public_pem, published
+from issuer import AUDIENCE, ISSUER, ROLE, Issuer, make_token, private_key, public_pem, published
 from servers import RawServer, SocketServer, http_answer
 
-from app.auth import KEYS_TIMEOUT_SECONDS, IssuerKeys
+from app.issuer_keys import KEYS_TIMEOUT_SECONDS, IssuerKeys
 
 Start = Callable[..., httpx.Client]
 ALGORITHMS = ["RS256", "RS512", "PS256", "ES256", "ES384", "EdDSA"]
@@ -96,6 +98,16 @@ def unsigned() -> str:
     return jwt.encode(claims, "", algorithm="none", headers={"kid": "first"})
 
 
+def sign(payload: bytes, **header: Any) -> str:
+    """Sign what is no proper token with a key that is trusted."""
+    parts = json.dumps({"alg": "RS256", "kid": "first", **header}).encode(), payload
+    encode = jwt.utils.base64url_encode
+    signed = b".".join(encode(part) for part in parts)
+    signer = jwt.algorithms.RSAAlgorithm(jwt.algorithms.RSAAlgorithm.SHA256)
+    signature = signer.sign(signed, private_key("first", "RS256"))
+    return b".".join([signed, encode(signature)]).decode()
+
+
 REFUSED: dict[str, tuple[Callable[[], str], str]] = {
     "expired": (lambda: make_token(exp=int(time.time()) - 1), "The token has expired"),
     "not yet valid": (
@@ -129,6 +141,12 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
         "The token's signature is not valid",
     ),
     "no token": (lambda: "abc", "The token cannot be read"),
+    "claims that are none": (lambda: sign(b"[]"), "The token cannot be read"),
+    "a key id that is no text": (lambda: sign(b"{}", kid=["first"]), "The token cannot be read"),
+    "an extension that is not known": (
+        lambda: sign(b"{}", crit=["exp"], exp=1),
+        "The token cannot be read",
+    ),
     "too long": (lambda: "a" * 8193, "The Authorization header holds no bearer token"),
 }
 
@@ -248,10 +266,35 @@ def test_a_token_signed_with_a_new_key_is_let_in_at_once(
 def test_a_withdrawn_key_is_refused_after_the_refresh(
     service: httpx.Client, issuer: Issuer
 ) -> None:
-    assert code(ask(service, make_token())) == LET_IN
+    token = make_token()
+    assert code(ask(service, token)) == LET_IN
     issuer.keys = [published("second", "RS256")]
     assert code(ask(service, make_token("second"))) == LET_IN
-    assert code(ask(service, make_token())) == "unauthenticated"
+    assert code(ask(service, token)) == "unauthenticated"
+
+
+def test_a_token_that_was_accepted_ends_when_it_says(service: httpx.Client) -> None:
+    expires_at = int(time.time()) + 2
+    token = make_token(exp=expires_at)
+    assert code(ask(service, token)) == LET_IN
+    time.sleep(expires_at - time.time())
+    answer = ask(service, token)
+    assert (answer.status_code, answer.json()["detail"]) == (401, "The token has expired")
+
+
+def test_a_new_key_is_found_although_the_keys_were_just_being_fetched(
+    start_service: Start,
+) -> None:
+    with HeldIssuer() as issuer, ThreadPoolExecutor(2) as callers:
+        service = start(start_service, issuer)
+        issuer.may_answer.clear()
+        first = callers.submit(ask, service, make_token())
+        issuer.is_asked.wait()  # its answer stands, and is on its way
+        issuer.keys.append(published("second", "RS256"))
+        second = callers.submit(ask, service, make_token("second"))
+        time.sleep(0.1)  # until the service has read it
+        issuer.may_answer.set()
+        assert [code(first.result()), code(second.result())] == [LET_IN, LET_IN]
 
 
 def test_known_keys_go_on_while_the_issuer_is_down(service: httpx.Client, issuer: Issuer) -> None:
@@ -311,11 +354,43 @@ def test_keys_for_other_uses_are_left_out(start_service: Start) -> None:
         assert told == [LET_IN, "unauthenticated", "unauthenticated"]
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kty": "RSA", "kid": "odd", "n": 1},
+        {"kty": "RSA", "kid": "odd", "alg": "none"},
+        {"kty": "none", "kid": "odd"},
+        published("odd", "RS256") | {"kid": ["odd"]},
+        "odd",
+        None,
+    ],
+    ids=json.dumps,
+)
+def test_a_key_that_cannot_be_read_spoils_no_other(start_service: Start, odd: Any) -> None:
+    with Issuer(odd, published("first", "RS256")) as issuer:
+        assert code(ask(start(start_service, issuer), make_token())) == LET_IN
+
+
 def test_an_rsa_key_that_names_no_algorithm_goes_with_any_of_its_kind(start_service: Start) -> None:
     with Issuer(published("first", "RS256")) as issuer:
         del issuer.keys[0]["alg"]
         service = start(start_service, issuer)
         assert code(ask(service, make_token("first", "RS256"))) == LET_IN
+
+
+class HeldIssuer(Issuer):
+    """Writes its answer when it is asked, and sends it when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+        self.may_answer.set()
+
+    def _publish(self, connection: socket.socket, request: bytes) -> None:
+        answer = self.answer()
+        self.is_asked.set()
+        self.may_answer.wait()
+        connection.sendall(answer)
 
 
 class Guarded(SocketServer):
