@@ -73,7 +73,7 @@ class Authentication:
     async def _was_accepted(self, token: str) -> bool:
         """Tell whether a token was accepted before, and has not ended, nor its key.
 
-        Checking one anew takes longer than all else that this process does for a debit.
+        Checking one anew takes about as long as all else that is done for a debit here.
         """
         known = self._accepted.get(token)
         return (

@@ -1,12 +1,10 @@
 """The HTTP surface: what is read from a request, and what is answered."""
 
-import asyncio
-import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
@@ -15,9 +13,10 @@ from app.auth import Authentication
 from app.debit import Debits
 from app.ledger import Ledger
 from app.outcomes import OUTCOME_ERRORS, Debited
-from app.problems import REPLAYED, documented, explain, invalid_body, invalid_header
-from app.products import Products, callers_token
+from app.problems import REPLAYED, documented, explain
+from app.products import Products
 from app.readiness import Readiness
+from app.requests import authenticate, read_debit, read_key
 from app.schemas import (
     KEY_PATTERN,
     DebitRequest,
@@ -31,7 +30,6 @@ from app.schemas import (
 )
 from app.schemas import Readiness as ReadinessBody
 
-BODY_BYTES_MAX = 16 * 1024
 PROTECTED_PATHS = {"/payments/debit", "/payments/outcome"}
 
 TOKEN_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
@@ -107,12 +105,12 @@ async def post_debit(request: Request) -> Response:
 
 async def _take_debit(request: Request) -> Debited:
     """Refuse in the order of the contract: what is malformed, who may not, what cannot be."""
-    debit = await _read_debit(request)
-    key = _read_key(request)
+    debit = await read_debit(request)
+    key = read_key(request)
     services: Services = request.state.services
     deadline = services.debits.deadline()
     if services.authentication:
-        await _authenticate(request, services.authentication, deadline)
+        await authenticate(request, services.authentication, deadline)
     return await services.debits.debit_user_for_item(debit, key, deadline)
 
 
@@ -128,7 +126,7 @@ async def get_outcome(
     services: Services = request.state.services
     deadline = services.debits.deadline()
     if services.authentication:
-        await _authenticate(request, services.authentication, deadline)
+        await authenticate(request, services.authentication, deadline)
     outcome = await services.debits.find_outcome(user_id, idempotency_key, deadline)
     if outcome is None:
         raise errors.PaymentNotFound
@@ -244,44 +242,6 @@ def add_routes(app: FastAPI) -> None:
         summary="One entry of the error catalogue",
         responses=documented(errors.NotFound),
     )
-
-
-async def _authenticate(request: Request, authentication: Authentication, deadline: float) -> None:
-    """Check the caller's token, and keep it for the products service, which asks for one."""
-    authorization = request.headers.get("authorization")
-    try:
-        async with asyncio.timeout_at(deadline):
-            token = await authentication.authenticate(authorization)
-    except TimeoutError as error:
-        raise errors.AuthenticationUnavailable from error
-    callers_token.set(token)
-
-
-async def _read_debit(request: Request) -> DebitRequest:
-    """Read and check the body by hand: strict JSON, and never more of it than is allowed."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_BYTES_MAX:
-            raise errors.RequestTooLarge
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise invalid_header("Content-Type", "Should be application/json")
-    try:
-        return DebitRequest.model_validate_json(bytes(body))
-    except ValidationError as error:
-        raise invalid_body(error) from None
-
-
-def _read_key(request: Request) -> str | None:
-    keys = request.headers.getlist("idempotency-key")
-    if not keys:
-        return None
-    if len(keys) > 1 or not re.fullmatch(KEY_PATTERN, keys[0]):
-        raise invalid_header(
-            "Idempotency-Key", 'Should be one key of 1 to 255 visible ASCII characters without "'
-        )
-    return keys[0].strip('"')
 
 
 def _json(
