@@ -33,10 +33,11 @@ DELAY_SECONDS_MAX = 1.0
 NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 # The transaction was not begun or was rolled back: PostgREST had no connection or no schema cache
 # (PGRST000, 002, 003), or Postgres gave up on a lock or on time, could not serialise, or only
-# reads. https://docs.postgrest.org/en/stable/references/errors.html and the manual's appendix A.
+# reads: 25006, and 0A000 of a replica, where PostgREST asks for a transaction that writes.
+# https://docs.postgrest.org/en/stable/references/errors.html and the manual's appendix A.
 NOT_DONE_CODES = (
     *("PGRST000", "PGRST002", "PGRST003"),
-    *("53", "55P03", "57014", "40001", "40P01", "25006"),
+    *("53", "55P03", "57014", "40001", "40P01", "25006", "0A000"),
 )
 # The connection to the database was lost, perhaps after the commit, or PostgREST itself failed.
 UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0", "40003")

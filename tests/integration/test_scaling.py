@@ -1,6 +1,9 @@
 """What docs/scaling.md says holds: its statements run, and several services on one ledger agree."""
 
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -11,10 +14,19 @@ import httpx
 import psycopg
 import pytest
 from database import Database
+from postgrest.exceptions import APIError
 from psycopg import errors
 from psycopg.types.json import Jsonb
+from servers import free_port
 
-from devstack.postgres import apply_migrations, database_url
+from app.errors import LedgerUnavailable
+from app.ledger import classify_failure
+from devstack.postgres import (
+    POSTGRES_BIN_PATH,
+    apply_migrations,
+    database_url,
+    running_postgres,
+)
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 USER, OTHER_USER = 1, 2
@@ -149,15 +161,47 @@ def test_a_ledger_partitioned_by_user_may_be_migrated_again(ledger: Ledger) -> N
     assert ledger.database.audit() == []
 
 
-def test_a_replica_answers_what_only_reads_and_takes_no_debit(ledger: Ledger) -> None:
+@pytest.fixture
+def replica(ledger: Ledger) -> Iterator[psycopg.Connection]:
+    """The ledger with a debit on a standby of its server, as the service's role."""
     ledger.debit("known")
-    ledger.service.execute("set default_transaction_read_only = on")
-    found = ledger.service.execute("select public.find_payment(%s, 'known')", (USER,)).fetchone()
+    row = ledger.owner.execute("show data_directory").fetchone()
+    assert row is not None
+    directory = Path(row[0]).parent / f"standby_{uuid4().hex}"
+    port, primary = free_port(), database_url(ledger.owner.info.port)
+    subprocess.run(
+        [POSTGRES_BIN_PATH / "pg_basebackup", "-R", "-c", "fast", "-D", directory, "-d", primary],
+        check=True,
+    )
+    if os.geteuid() == 0:  # then Postgres runs as somebody else
+        for path in (directory, *directory.rglob("*")):
+            shutil.chown(path, user="nobody")
+    with running_postgres(directory, port):
+        url = database_url(port, database=ledger.owner.info.dbname)
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("set role service_role")
+            yield connection
+
+
+def test_a_replica_answers_what_only_reads(replica: psycopg.Connection) -> None:
+    found = replica.execute("select public.find_payment(%s, 'known')", (USER,)).fetchone()
     assert found is not None
     assert found[0]["outcome"] == "debited"
-    assert ledger.service.execute("select * from public.audit_ledger()").fetchall() == []
-    with pytest.raises(errors.ReadOnlySqlTransaction):  # 25006: certainly not done
-        ledger.debit("refused")
+    assert replica.execute("select * from public.audit_ledger()").fetchall() == []
+
+
+@pytest.mark.parametrize(
+    ("begin", "code"),
+    # PostgREST begins a call of a volatile function with the first.
+    [("begin read write", "0A000"), ("begin", "25006")],
+)
+def test_a_replica_refuses_a_debit_with_a_code_that_means_not_done(
+    ledger: Ledger, replica: psycopg.Connection, begin: str, code: str
+) -> None:
+    with pytest.raises(psycopg.Error) as refused:
+        replica.execute(f"{begin}; select public.debit_use({USER}, '{ledger.item_id}', 'refused')")
+    assert refused.value.sqlstate == code
+    assert classify_failure(APIError({"code": code})) is LedgerUnavailable
 
 
 def test_two_services_charge_once_under_one_key(start_service: Start, database: Database) -> None:
