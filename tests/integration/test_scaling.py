@@ -29,22 +29,23 @@ from devstack.postgres import (
 )
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
-USER, OTHER_USER = 1, 2
+USER, OTHER_USER, POOR_USER = 1, 2, 3
+# What the document has under "By time".
+BY_TIME, NEXT_YEAR, LATE_YEAR, CHECK_BEFORE, DROP_CHECK = range(5)
 
 Start = Callable[..., httpx.Client]
 
 
-def statements(heading: str) -> str:
-    """The first SQL under a heading of the document."""
-    section = DOCUMENT.read_text().split(f"\n### {heading}\n")[1]
-    found = re.search(r"```sql\n(.*?)```", section, re.DOTALL)
-    assert found is not None
-    year = datetime.now(UTC).year  # the years of the document pass, and this has to outlive them
-    return found[1].replace("2028", str(year + 2)).replace("2029", str(year + 3))
+def statements(heading: str, number: int = 0) -> str:
+    """One of the pieces of SQL under a heading of the document, counted from 0."""
+    section = DOCUMENT.read_text().split(f"\n### {heading}\n")[1].split("\n## ")[0]
+    found = re.findall(r"```sql\n(.*?)```", section.split("\n### ")[0], re.DOTALL)
+    later = datetime.now(UTC).year - 2026  # the document's years pass, and this has to outlive them
+    return re.sub(r"20(?:28|29|30)", lambda year: str(int(year[0]) + later), found[number])
 
 
 class Ledger:
-    """A database of its own, with two users and an item."""
+    """A database of its own, with users, one without money, and an item."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -53,6 +54,7 @@ class Ledger:
         self.database = Database(self.owner)
         for user_id in (USER, OTHER_USER):
             self.database.add_user(1000, user_id=user_id)
+        self.database.add_user(0, user_id=POOR_USER)
         self.item_id = self.database.add_item(10)
         # Kept open, as PostgREST keeps its connections: what it has compiled has to go on.
         self.service.execute("set role service_role")
@@ -73,6 +75,36 @@ class Ledger:
         row = self.service.execute("select public.debit_use_batch(%s)", (Jsonb(wishes),)).fetchone()
         assert row is not None
         return [outcome["outcome"] for outcome in row[0]]
+
+    def spend(self, when: str) -> dict[tuple[str, int], dict[str, object]]:
+        """Write in every way, and often enough for Postgres to keep the plans of the session."""
+        keys = [*((f"{when} {number}", USER) for number in range(8)), (f"{when} 9", POOR_USER)]
+        outcomes = {key: self.debit(*key) for key in keys}
+        assert [outcome["outcome"] for outcome in outcomes.values()] == [
+            *["debited"] * 8,
+            "insufficient_funds",
+        ]
+        for _ in range(8):
+            assert self.debit_batch(USER, OTHER_USER, USER) == ["debited"] * 3
+        self.owner.execute(
+            'update public."Users" set balance = balance + 500 where card_id = %s', (OTHER_USER,)
+        )
+        assert self.database.audit() == []
+        return outcomes
+
+    def enter(self, created_at: str) -> None:
+        """Write an entry of another time."""
+        self.owner.execute(
+            'insert into public."Transaction_History" (user_id, amount_delta, created_at) '
+            "values (%s, 1, %s)",
+            (USER, created_at),
+        )
+
+    def entries(self, table: str) -> int:
+        row = self.owner.execute(f"select count(*) from {table}").fetchone()
+        assert row is not None
+        count: int = row[0]
+        return count
 
     def parts(self) -> list[str]:
         rows = self.owner.execute(
@@ -104,20 +136,15 @@ both_ways = pytest.mark.parametrize("heading", ["By user", "By time"])
 def test_debits_go_on_and_keys_hold_after_the_ledger_is_partitioned(
     ledger: Ledger, heading: str
 ) -> None:
-    first = ledger.debit("before")
+    before = ledger.spend("before")
     ledger.owner.execute(statements(heading))
+    outcomes = before | ledger.spend("after")
 
-    assert ledger.debit("before") == first | {"replayed": True}
-    after = ledger.debit("after")
-    assert (after["outcome"], after["new_balance"]) == ("debited", 980)
-    assert ledger.debit("after") == after | {"replayed": True}
-    assert ledger.debit_batch(USER, OTHER_USER, USER) == ["debited"] * 3
-    ledger.owner.execute(
-        'update public."Users" set balance = balance + 500 where card_id = %s', (OTHER_USER,)
-    )
-
-    assert (ledger.database.balance(USER), ledger.database.balance(OTHER_USER)) == (960, 1490)
-    assert ledger.database.debits(USER) == [10, 10, 10, 10]
+    for (key, user_id), outcome in outcomes.items():
+        assert ledger.debit(key, user_id) == outcome | {"replayed": True}
+    assert ledger.database.balance(USER) == 1000 - 2 * (8 + 16) * 10
+    assert ledger.database.balance(OTHER_USER) == 1000 - 2 * 8 * 10 + 2 * 500
+    assert len(ledger.database.debits(USER)) == 2 * (8 + 16)
     assert ledger.database.audit() == []
     assert len(ledger.parts()) > 1
 
@@ -148,7 +175,10 @@ def test_no_part_of_a_partitioned_ledger_can_be_changed_or_read_by_others(
                 ledger.owner.execute(change)
         with pytest.raises(errors.RestrictViolation):
             ledger.owner.execute(f"truncate {table}")
-        for role in ("anon", "authenticated"):
+        others = ["anon", "authenticated"]
+        if table in ledger.parts():
+            others.append("service_role")
+        for role in others:
             ledger.service.execute(f"set role {role}")
             with pytest.raises(errors.InsufficientPrivilege):
                 ledger.service.execute(f"select from {table}")
@@ -158,6 +188,49 @@ def test_a_ledger_partitioned_by_user_may_be_migrated_again(ledger: Ledger) -> N
     ledger.owner.execute(statements("By user"))
     apply_migrations(ledger.url)
     assert ledger.debit("after")["outcome"] == "debited"
+    assert ledger.database.audit() == []
+
+
+def by_time(number: int) -> str:
+    return statements("By time", number)
+
+
+def test_a_ledger_partitioned_by_time_gets_a_year_before_it_begins(ledger: Ledger) -> None:
+    ledger.owner.execute(by_time(BY_TIME))
+    ledger.owner.execute(by_time(NEXT_YEAR))
+    year = datetime.now(UTC).year + 3
+    ledger.enter(f"{year}-01-01Z")
+    assert ledger.entries(f"ledger.history_{year}") == 1
+    assert ledger.entries("ledger.history_rest") == 0
+    assert ledger.database.audit() == []
+
+
+def test_a_year_that_has_begun_becomes_a_partition_with_its_entries(ledger: Ledger) -> None:
+    ledger.owner.execute(by_time(BY_TIME))
+    year = datetime.now(UTC).year + 3
+    ledger.enter(f"{year}-01-01Z")
+    with pytest.raises(errors.CheckViolation):  # the default partition has an entry of that year
+        ledger.owner.execute(by_time(NEXT_YEAR))
+
+    ledger.owner.execute(by_time(LATE_YEAR))
+    ledger.enter(f"{year}-12-31Z")
+    ledger.enter(f"{year + 1}-01-01Z")
+    assert ledger.entries(f"ledger.history_{year}") == 2
+    assert ledger.entries("ledger.history_rest") == 1
+    for table in (f"ledger.history_{year}", "ledger.history_rest"):
+        with pytest.raises(errors.RestrictViolation):
+            ledger.owner.execute(f"delete from {table}")
+    ledger.spend("after")
+
+
+def test_what_there_is_may_be_checked_before_it_becomes_a_partition(ledger: Ledger) -> None:
+    ledger.spend("before")
+    ledger.owner.execute(by_time(CHECK_BEFORE))
+    ledger.spend("between")
+    body, commit, rest = by_time(BY_TIME).rpartition("commit;")
+    ledger.owner.execute(body + by_time(DROP_CHECK) + commit + rest)
+    ledger.spend("after")
+    ledger.enter(f"{datetime.now(UTC).year + 2}-01-01Z")
     assert ledger.database.audit() == []
 
 
