@@ -47,6 +47,7 @@ class Bench:
         self.results: list[Result] = []
         self.facts: dict[str, float] = {}
         self.faults: list[str] = []
+        self.missed = 0
 
     @contextmanager
     def dependencies(self) -> Iterator[None]:
@@ -128,12 +129,19 @@ class Bench:
             count, later = later, self._count_debits()
         return count
 
+    def verdict(self, is_met: bool) -> str:
+        """Count a target that is not met; returns what to say of it."""
+        self.missed += not is_met
+        return "" if is_met else "  MISSED"
+
     def end(self) -> NoReturn:
-        """Print what the books say; the exit status is 1 if they have a fault."""
+        """Print what the books say; the exit status is 1 for a fault in them or a target missed."""
         print(f"\nThe books: {len(self.faults)} faults")
         for fault in self.faults:
             print(f"  {fault}")
-        sys.exit(bool(self.faults))
+        if self.missed:
+            print(f"Targets missed: {self.missed}")
+        sys.exit(bool(self.faults or self.missed))
 
     def audit(self) -> None:
         with psycopg.connect(database_url(self.postgres_port)) as connection:
