@@ -30,7 +30,8 @@ from devstack.postgres import (
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 USER, OTHER_USER, POOR_USER = 1, 2, 3
-# What the document has under "By time".
+# Which SQL of the document: the second under "By user", and all under "By time".
+KEPT_PLANS = 1
 BY_TIME, NEXT_YEAR, LATE_YEAR, CHECK_BEFORE, DROP_CHECK = range(5)
 
 Start = Callable[..., httpx.Client]
@@ -115,15 +116,25 @@ class Ledger:
 
 
 @pytest.fixture
-def ledger(postgres_port: int) -> Iterator[Ledger]:
-    name = f"scaling_{uuid4().hex}"
-    with psycopg.connect(database_url(postgres_port), autocommit=True) as admin:
-        admin.execute(f"create database {name}")
-    url = database_url(postgres_port, database=name)
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("grant usage on schema public to service_role")
-    apply_migrations(url)
-    ledger = Ledger(url)
+def new_database(postgres_port: int) -> Callable[[], str]:
+    """Make a migrated database without rows; returns its address."""
+
+    def make() -> str:
+        name = f"scaling_{uuid4().hex}"
+        with psycopg.connect(database_url(postgres_port), autocommit=True) as admin:
+            admin.execute(f"create database {name}")
+        url = database_url(postgres_port, database=name)
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("grant usage on schema public to service_role")
+        apply_migrations(url)
+        return url
+
+    return make
+
+
+@pytest.fixture
+def ledger(new_database: Callable[[], str]) -> Iterator[Ledger]:
+    ledger = Ledger(new_database())
     yield ledger
     ledger.owner.close()
     ledger.service.close()
@@ -189,6 +200,13 @@ def test_a_ledger_partitioned_by_user_may_be_migrated_again(ledger: Ledger) -> N
     apply_migrations(ledger.url)
     assert ledger.debit("after")["outcome"] == "debited"
     assert ledger.database.audit() == []
+
+
+def test_debits_go_on_in_a_ledger_by_user_whose_plans_are_kept(ledger: Ledger) -> None:
+    ledger.owner.execute(statements("By user"))
+    ledger.spend("before")
+    ledger.owner.execute(statements("By user", KEPT_PLANS))
+    ledger.spend("after")
 
 
 def by_time(number: int) -> str:
@@ -275,6 +293,45 @@ def test_a_replica_refuses_a_debit_with_a_code_that_means_not_done(
         replica.execute(f"{begin}; select public.debit_use({USER}, '{ledger.item_id}', 'refused')")
     assert refused.value.sqlstate == code
     assert classify_failure(APIError({"code": code})) is LedgerUnavailable
+
+
+# What is copied of a user who moves to another database, and in which order.
+MOVED = (
+    ('public."Items"', "id, name, price, active", ""),
+    ('public."Users"', "card_id, name, active", ""),
+    (
+        'public."Transaction_History"',
+        "id, user_id, item, amount_delta, created_at, kind, idempotency_key, expected_price",
+        "order by seq",
+    ),
+    (
+        "ledger.declines",
+        "user_id, idempotency_key, outcome, item_id, expected_price, price, created_at",
+        "",
+    ),
+)
+
+
+def test_users_move_to_another_database_with_their_keys_and_declines(
+    ledger: Ledger, new_database: Callable[[], str]
+) -> None:
+    outcomes = ledger.spend("before")
+    with psycopg.connect(new_database(), autocommit=True) as target:
+        for table, columns, order in MOVED:
+            source = f"copy (select {columns} from {table} {order}) to stdout"
+            with ledger.owner.cursor().copy(source) as rows:
+                read = b"".join(rows)
+            with target.cursor().copy(f"copy {table} ({columns}) from stdin") as copied:
+                copied.write(read)
+
+        database = Database(target)
+        for user_id in (USER, OTHER_USER, POOR_USER):
+            assert database.balance(user_id) == ledger.database.balance(user_id)
+            assert database.debits(user_id) == ledger.database.debits(user_id)
+        for (key, user_id), outcome in outcomes.items():
+            found = target.execute("select public.find_payment(%s, %s)", (user_id, key)).fetchone()
+            assert found == (outcome | {"replayed": True},)
+        assert database.audit() == []
 
 
 def test_two_services_charge_once_under_one_key(start_service: Start, database: Database) -> None:
