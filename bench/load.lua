@@ -16,6 +16,8 @@ function init()
   wrk.headers["Content-Type"] = "application/json"
   if target == "rpc" then
     wrk.headers["apikey"] = os.getenv("KEY")
+  elseif os.getenv("TOKEN") ~= "" then
+    wrk.headers["Authorization"] = "Bearer " .. os.getenv("TOKEN")
   end
 end
 

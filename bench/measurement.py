@@ -48,6 +48,7 @@ class Bench:
         self.facts: dict[str, float] = {}
         self.faults: list[str] = []
         self.missed = 0
+        self.token = ""  # what the callers of the service prove themselves with
 
     @contextmanager
     def dependencies(self) -> Iterator[None]:
@@ -79,7 +80,7 @@ class Bench:
 
     def send(self, port: int, peer: str, profile: str, connections: int, target: str) -> Result:
         """Let wrk ask for `seconds`, and read what it saw."""
-        output = run_wrk(port, connections, self.seconds, profile, target)
+        output = run_wrk(port, connections, self.seconds, profile, target, self.token)
         seen = json.loads(match_one(r"(?m)^RESULT (.*)$", output))
         done = seen["requests"] - seen["failed"]
         return Result(
@@ -169,7 +170,9 @@ def plain_failures() -> Iterator[None]:
         sys.exit("bench: stopped.")
 
 
-def run_wrk(port: int, connections: int, seconds: float, profile: str, target: str) -> str:
+def run_wrk(
+    port: int, connections: int, seconds: float, profile: str, target: str, token: str
+) -> str:
     return run_program(
         *("wrk", "-t", "1", "-c", str(connections), "-d", f"{max(1, round(seconds))}s"),
         *("--timeout", "20s", "-s", str(Path(__file__).parent / "load.lua")),
@@ -177,6 +180,7 @@ def run_wrk(port: int, connections: int, seconds: float, profile: str, target: s
         PROFILE=profile,
         TARGET=target,
         KEY=SERVICE_ROLE_KEY,
+        TOKEN=token,
         SEED=str(connections),
     )
 
