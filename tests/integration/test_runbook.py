@@ -2,7 +2,9 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID, uuid4
 
 import pytest
 from database import Database
@@ -83,3 +85,74 @@ def test_a_balance_that_is_right_is_explained(ledger: Database) -> None:
     run(ledger, "balance - balance_after")
     assert ledger.balance(USER) == 790
     assert faults(ledger) == []
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A user with 300, and what was lost: an item, a declined debit, a top-up, a charged debit."""
+
+    database: Database
+    user_id: int
+
+    def add_item(self) -> UUID:
+        return self.database.add_item(350)
+
+    def top_up(self) -> None:
+        self.database.connection.execute(
+            'update public."Users" set balance = balance + 500 where card_id = %s', (self.user_id,)
+        )
+
+    def debit(self, item_id: UUID, key: str) -> str:
+        statement = "select public.debit_use(%s, %s, %s) ->> 'outcome'"
+        arguments = (self.user_id, item_id, key)
+        row = self.database.connection.execute(statement, arguments).fetchone()
+        assert row is not None
+        outcome: str = row[0]
+        return outcome
+
+    def balance(self) -> int:
+        return self.database.balance(self.user_id)
+
+
+@pytest.fixture
+def lost(ledger: Database) -> Lost:
+    """The ledger as it was before all of it, which the backup holds."""
+    lost = Lost(ledger, ledger.add_user(300))
+    with ledger.connection.transaction(force_rollback=True):
+        item_id = lost.add_item()
+        assert lost.debit(item_id, "declined") == "insufficient_funds"
+        lost.top_up()
+        assert lost.debit(item_id, "charged") == "debited"
+        assert lost.balance() == 450
+    assert lost.balance() == 300
+    return lost
+
+
+def test_what_a_restore_lost_comes_back_in_the_order_of_the_runbook(lost: Lost) -> None:
+    item_id = lost.add_item()
+    lost.top_up()
+    assert lost.debit(item_id, "charged") == "debited"
+    assert lost.balance() == 450
+    assert lost.debit(item_id, "charged") == "debited"  # a caller that is not sure
+    assert lost.balance() == 450
+    assert lost.database.audit() == []
+
+
+def test_after_a_restore_a_declined_debit_would_be_charged(lost: Lost) -> None:
+    item_id = lost.add_item()
+    lost.top_up()
+    assert lost.debit(item_id, "declined") == "debited"
+
+
+@pytest.mark.parametrize("forgotten", ["item_not_found", "insufficient_funds"])
+def test_after_a_restore_a_debit_that_comes_too_early_is_declined_for_good(
+    lost: Lost, forgotten: str
+) -> None:
+    item_id = uuid4() if forgotten == "item_not_found" else lost.add_item()
+    assert lost.debit(item_id, "charged") == forgotten
+    lost.top_up()
+    lost.database.connection.execute(
+        'insert into public."Items" (id, name, price) values (%s, %s, 350) on conflict do nothing',
+        (item_id, "test"),
+    )
+    assert lost.debit(item_id, "charged") == forgotten
