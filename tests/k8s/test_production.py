@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import kubernetes_validate
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from app.settings import Settings
 ROOT = Path(__file__).parent.parent.parent
 K8S = ROOT / "k8s"
 OVERLAY = K8S / "overlays" / "production"
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -101,15 +103,41 @@ def test_payments_need_a_token_and_the_service_accepts_the_configuration(
         assert data[name]
 
 
+def test_the_products_service_is_found_from_another_namespace(
+    objects: dict[str, dict[str, Any]],
+) -> None:
+    base = yaml.safe_load((K8S / "configmap.yaml").read_text())["data"]["PRODUCTS_SERVICE_URL"]
+    address = httpx.URL(objects["ConfigMap"]["data"]["PRODUCTS_SERVICE_URL"])
+    service, namespace, kind = address.host.split(".")
+    assert (address.scheme, address.port) == ("http", httpx.URL(base).port)
+    assert service == httpx.URL(base).host
+    assert kind == "svc"
+    assert namespace != objects["ConfigMap"]["metadata"]["namespace"]
+    assert f"products service's namespace (`{namespace}`" in README
+
+
 def test_the_ingress_speaks_tls_and_leads_to_the_service(
     objects: dict[str, dict[str, Any]],
 ) -> None:
     ingress, service = objects["Ingress"]["spec"], objects["Service"]
     (rule,) = ingress["rules"]
-    assert [one["hosts"] for one in ingress["tls"]] == [[rule["host"]]]
+    (tls,) = ingress["tls"]
+    assert tls["hosts"] == [rule["host"]]
+    assert f"secret tls {tls['secretName']} --cert" in README
     (port,) = service["spec"]["ports"]
     backend = {"name": service["metadata"]["name"], "port": {"name": port["name"]}}
     assert all(path["backend"] == {"service": backend} for path in rule["http"]["paths"])
+
+
+def test_the_ingress_takes_no_token_in_clear(objects: dict[str, dict[str, Any]]) -> None:
+    ingress = objects["Ingress"]
+    # Of Traefik's two usual entry points, web is plain HTTP.
+    traefik = "traefik.ingress.kubernetes.io/router"
+    assert ingress["metadata"]["annotations"] == {
+        f"{traefik}.entrypoints": "websecure",
+        f"{traefik}.tls": "true",
+    }
+    assert ingress["spec"]["ingressClassName"] == "traefik"
 
 
 def test_only_what_callers_need_is_open_to_the_world(objects: dict[str, dict[str, Any]]) -> None:
@@ -131,5 +159,6 @@ def test_only_what_callers_need_is_open_to_the_world(objects: dict[str, dict[str
 def test_the_controller_of_the_ingress_reaches_the_pods(objects: dict[str, dict[str, Any]]) -> None:
     (rule,) = objects["NetworkPolicy"]["spec"]["ingress"]
     peers = [peer["namespaceSelector"]["matchLabels"] for peer in rule["from"]]
-    assert {"kubernetes.io/metadata.name": "ingress-nginx"} in peers
+    controller = {"kubernetes.io/metadata.name": objects["Ingress"]["spec"]["ingressClassName"]}
+    assert controller in peers
     assert {"payments-caller": "true"} in peers
