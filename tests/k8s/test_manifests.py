@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -94,13 +96,30 @@ def test_the_autoscaler_can_measure_what_it_scales_by() -> None:
     autoscaler = OBJECTS["HorizontalPodAutoscaler"]["spec"]
     (metric,) = autoscaler["metrics"]
     assert (autoscaler["minReplicas"], autoscaler["maxReplicas"]) == (2, 10)
-    assert metric["resource"]["target"]["type"] == "Utilization"
+    # Low enough that the new pods are there before the old ones are at their end.
+    assert metric["resource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
     assert metric["resource"]["name"] == "cpu"
     assert CONTAINER["resources"]["requests"]["cpu"]
 
 
-def test_the_pod_is_bounded_in_memory() -> None:
-    assert CONTAINER["resources"]["limits"] == {"memory": "256Mi"}
+def test_pods_come_at_once_and_leave_slowly() -> None:
+    behavior = OBJECTS["HorizontalPodAutoscaler"]["spec"]["behavior"]
+    assert behavior["scaleUp"]["stabilizationWindowSeconds"] == 0
+    assert behavior["scaleDown"]["stabilizationWindowSeconds"] >= 300
+
+
+def test_the_pod_asks_for_what_the_runbook_says_that_it_needs() -> None:
+    assert CONTAINER["resources"] == {
+        "requests": {"cpu": "250m", "memory": "128Mi"},
+        "limits": {"memory": "256Mi"},
+    }
+    runbook = " ".join((ROOT / "docs" / "operations.md").read_text().split())
+    assert "requests 250m and 128 MiB, is ended at 256 MiB" in runbook
+
+
+def test_the_cluster_refuses_pods_with_more_rights_in_this_namespace() -> None:
+    labels = OBJECTS["Namespace"]["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 
 
 def test_the_service_finds_the_pods_on_the_port_of_the_image() -> None:
@@ -126,6 +145,17 @@ def test_probes_ask_routes_that_exist(probe: str, path: str) -> None:
     assert "get" in PaymentService().openapi()["paths"][path]
 
 
+@pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe"])
+def test_a_pod_is_not_ended_for_a_pause_of_half_a_minute(probe: str) -> None:
+    settings = CONTAINER[probe]
+    assert settings["periodSeconds"] * settings["failureThreshold"] >= 30
+
+
+def test_a_pod_under_load_has_time_to_answer() -> None:
+    assert CONTAINER["livenessProbe"]["timeoutSeconds"] >= 2
+    assert CONTAINER["readinessProbe"]["timeoutSeconds"] >= 2
+
+
 def test_the_configuration_is_one_that_the_service_accepts() -> None:
     data = {name.lower(): value for name, value in OBJECTS["ConfigMap"]["data"].items()}
     assert set(data) <= set(Settings.model_fields) - {"supabase_url", "supabase_service_role_key"}
@@ -146,6 +176,13 @@ def test_the_pod_gets_more_time_than_the_graceful_stop_takes() -> None:
     assert stop is not None
     assert waiting is not None
     assert int(waiting[1]) + int(stop[1]) < POD["terminationGracePeriodSeconds"]
+
+
+def test_the_pod_waits_before_it_stops_with_what_the_image_has() -> None:
+    program, *arguments = CONTAINER["lifecycle"]["preStop"]["exec"]["command"]
+    assert f'CMD ["{program}", "-c"' in (ROOT / "Dockerfile").read_text()  # its health check
+    at_once = [re.sub(r"sleep\(\d+\)", "sleep(0)", argument) for argument in arguments]
+    subprocess.run([sys.executable, *at_once], check=True, timeout=20)
 
 
 def test_the_pod_has_no_rights_that_it_does_not_need() -> None:
@@ -173,7 +210,12 @@ def test_no_secret_is_in_the_folder_and_those_below_it() -> None:
 
 
 def test_a_rolling_update_never_has_fewer_pods_than_before() -> None:
-    assert OBJECTS["Deployment"]["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    rolling = OBJECTS["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+    assert rolling == {"maxUnavailable": 0, "maxSurge": 1}  # with 0 and 0 the API refuses it
+
+
+def test_a_pod_that_falls_over_when_it_is_ready_stops_the_rollout() -> None:
+    assert OBJECTS["Deployment"]["spec"]["minReadySeconds"] == 10
 
 
 def test_nodes_and_zones_share_the_pods() -> None:
@@ -220,10 +262,22 @@ def test_the_pods_reach_names_the_products_service_https_and_a_collector_alone()
     assert products == f"http://{name}:8001"
 
 
+def test_names_are_asked_for_where_clusters_have_their_name_servers() -> None:
+    names = egress()[0]
+    assert names["ports"] == [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
+    assert names["to"] == [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}},
+        {"ipBlock": {"cidr": "169.254.20.10/32"}},
+        {"ipBlock": {"cidr": "169.254.169.254/32"}},  # on Google's cloud a name server too
+    ]
+
+
 @pytest.mark.parametrize("address", ["169.254.169.254", "fd00:ec2::254", "fe80::1"])
 def test_the_metadata_of_a_cloud_is_out_of_reach(address: str) -> None:
     reached = ip_address(address)
-    for block in (peer["ipBlock"] for rule in egress() for peer in rule["to"] if "ipBlock" in peer):
+    rules = [rule for rule in egress() if {port["port"] for port in rule["ports"]} != {53}]
+    assert len(rules) == len(egress()) - 1
+    for block in (peer["ipBlock"] for rule in rules for peer in rule["to"] if "ipBlock" in peer):
         excepted = any(reached in ip_network(one) for one in block.get("except", ()))
         assert excepted or reached not in ip_network(block["cidr"])
 
