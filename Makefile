@@ -27,7 +27,7 @@ bench: $(INSTALLED) ## Measure the service beside its peers with wrk; ARGS="--se
 	@$(BIN)/python -m bench $(ARGS)
 
 audit: $(INSTALLED) ## See whether a ledger adds up; DATABASE_URL names another than the dev stack's
-	@$(BIN)/python -m devstack.audit $(DATABASE_URL)
+	@$(BIN)/python -m devstack.audit $(if $(DATABASE_URL),'$(DATABASE_URL)')
 
 lint: $(INSTALLED) ## Check style, of Python and SQL
 	$(BIN)/ruff check .

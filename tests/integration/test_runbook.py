@@ -45,6 +45,15 @@ def tamper(ledger: Database, table: str, statement: str) -> None:
     ledger.connection.execute(f'alter table public."{table}" enable trigger user')
 
 
+def debit(ledger: Database, user_id: int, item_id: UUID, key: str) -> str:
+    arguments = (user_id, item_id, key)
+    statement = "select public.debit_use(%s, %s, %s) ->> 'outcome'"
+    row = ledger.connection.execute(statement, arguments).fetchone()
+    assert row is not None
+    outcome: str = row[0]
+    return outcome
+
+
 def faults(ledger: Database) -> list[str]:
     return [fault for user_id, fault in ledger.audit() if user_id == USER]
 
@@ -82,8 +91,31 @@ def test_the_missing_entry_is_found(ledger: Database) -> None:
 def test_a_balance_that_is_right_is_explained(ledger: Database) -> None:
     tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
     assert faults(ledger) == ["the balance is not that of the last entry"]
-    run(ledger, "balance - balance_after")
+    run(ledger, "balance - coalesce")
     assert ledger.balance(USER) == 790
+    assert faults(ledger) == []
+
+
+def test_a_balance_without_any_entry_is_explained(ledger: Database) -> None:
+    delete = f'delete from public."Transaction_History" where user_id = {USER}'
+    tamper(ledger, "Transaction_History", delete)
+    assert faults(ledger) == ["the balance is not that of the last entry"]
+    run(ledger, "balance - coalesce")
+    assert ledger.balance(USER) == 300
+    assert faults(ledger) == []
+
+
+def test_a_wrong_balance_is_kept_from_the_next_debit(ledger: Database) -> None:
+    tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
+    run(ledger, "active = false")
+    assert debit(ledger, USER, ledger.add_item(50), "next") == "user_inactive"
+    assert run(ledger, "balance_of_entries") == [{"balance": 790, "balance_of_entries": 300}]
+    assert faults(ledger) == ["the balance is not that of the last entry"]
+
+
+def test_a_wrong_balance_is_covered_up_by_the_next_debit(ledger: Database) -> None:
+    tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
+    assert debit(ledger, USER, ledger.add_item(50), "next") == "debited"
     assert faults(ledger) == []
 
 
@@ -103,12 +135,7 @@ class Lost:
         )
 
     def debit(self, item_id: UUID, key: str) -> str:
-        statement = "select public.debit_use(%s, %s, %s) ->> 'outcome'"
-        arguments = (self.user_id, item_id, key)
-        row = self.database.connection.execute(statement, arguments).fetchone()
-        assert row is not None
-        outcome: str = row[0]
-        return outcome
+        return debit(self.database, self.user_id, item_id, key)
 
     def balance(self) -> int:
         return self.database.balance(self.user_id)
