@@ -181,8 +181,53 @@ def test_prometheus_finds_the_service() -> None:
     overlay = (ROOT / "k8s" / "overlays" / "production" / "kustomization.yaml").read_text()
     assert yaml.safe_load(overlay)["namespace"] in monitor["namespaceSelector"]["matchNames"]
     (endpoint,) = monitor["endpoints"]
+    # All that there is: a name that is not known is ignored.
+    assert set(monitor) == {"namespaceSelector", "selector", "endpoints"}
+    assert set(endpoint) == {"port", "path", "interval", "scrapeTimeout"}
     assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
     assert endpoint["path"] == "/metrics"
+    assert (endpoint["interval"], endpoint["scrapeTimeout"]) == ("15s", "5s")
+
+
+def test_the_operator_finds_both_where_the_network_policy_lets_prometheus_in() -> None:
+    policy = yaml.safe_load((ROOT / "k8s" / "networkpolicy.yaml").read_text())["spec"]
+    let_in = [peer["namespaceSelector"]["matchLabels"] for peer in policy["ingress"][0]["from"]]
+    for name in ("servicemonitor", "prometheusrule"):
+        found = yaml.safe_load((MONITORING / f"{name}.yaml").read_text())["metadata"]["namespace"]
+        assert {"kubernetes.io/metadata.name": found} in let_in
+
+
+def test_queries_take_the_services_of_all_namespaces_for_the_job() -> None:
+    # Without a jobLabel the operator calls the job as the Service.
+    names = [yaml.safe_load((ROOT / "k8s" / "service.yaml").read_text())["metadata"]["name"]]
+    overlay = ROOT / "k8s" / "overlays" / "production" / "name.yaml"
+    names += [patch["value"] for patch in yaml.safe_load(overlay.read_text())]
+    assert len(names) == 2
+    jobs = {job for _, query in QUERIES for job in re.findall(r'job=~"([^"]+)"', query)}
+    assert jobs
+    for job in jobs:
+        assert all(re.fullmatch(job, name) for name in names)
+    # Each process has these, whoever wrote it.
+    for name, query in QUERIES:
+        assert "job=~" in query or not re.search(r"\b(up|process_\w+)\b", query), name
+
+
+def test_panels_name_their_lines_by_what_the_queries_group_by() -> None:
+    for panel in PANELS:
+        for target in panel["targets"]:
+            _, _, grouped = read_query(target["expr"])
+            named = set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")))
+            assert named == grouped - {"le"} or panel["type"] == "table", panel["title"]
+
+
+def test_panels_look_at_ranges_that_go_with_what_is_shown() -> None:
+    ranges = {one for _, query in QUERIES[len(ALERTS) :] for one in re.findall(r"\[(.+?)\]", query)}
+    assert ranges == {"$__rate_interval", "$__range"}
+
+
+def test_money_is_shown_in_kronor() -> None:
+    (panel,) = [one for one in PANELS if "minor_units" in one["targets"][0]["expr"]]
+    assert panel["targets"][0]["expr"].endswith(" / 100")
 
 
 def test_what_is_applied_with_kubectl_is_no_more_than_these_two() -> None:
