@@ -152,6 +152,25 @@ def test_a_query_for_what_is_not_there_would_be_seen(shown: Shown, query: str) -
         test_a_query_asks_for_series_and_labels_that_the_service_shows(shown, "wrong", query)
 
 
+def test_a_share_is_that_of_the_same_requests_in_the_same_time() -> None:
+    asked = r"\w+\((\w+)\{([^}]*)\}\[(\w+)\]\)\)"
+    share = rf"{asked}\s+[<>] [\d.]+ \* sum by \(namespace\) \({asked}"
+    by_shares = {name: rule["expr"] for name, rule in ALERTS.items() if " * " in rule["expr"]}
+    assert len(by_shares) == 5
+    for name, expression in by_shares.items():
+        shares = re.findall(share, expression)
+        assert len(shares) == expression.count(" * "), name
+        for _, part, part_range, _, whole, whole_range in shares:
+            assert part_range == whole_range, name
+            (narrower,) = set(part.split(", ")) - set(whole.split(", "))
+            assert set(part.split(", ")) - {narrower} == set(whole.split(", ")), name
+            assert re.match("status|le|outcome", narrower), name
+        # How many there are is asked of the longest of these times.
+        ((_, counted, counted_range),) = re.findall(rf"{asked}\s*> [\d.]+$", expression, re.M)
+        assert counted in {part, whole}
+        assert counted_range == whole_range
+
+
 def test_every_alert_says_how_urgent_it_is_and_where_it_is_explained() -> None:
     for name, rule in ALERTS.items():
         assert rule["labels"]["severity"] in {"page", "ticket"}
