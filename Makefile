@@ -6,6 +6,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 TOOLS := .venv-tools/installed
 CHECKOV := .venv-checkov/installed
+IMAGE := .venv-image/installed
 
 .DEFAULT_GOAL := help
 .PHONY: help run test torture bench audit lint types check manifests policies
@@ -46,22 +47,25 @@ policies: $(INSTALLED) $(CHECKOV) ## Hold the manifests against checkov's polici
 	$(BIN)/python -m pytest -q tests/k8s/test_policies.py
 
 lock: $(TOOLS) ## Write requirements.lock: requirements.txt with the hashes of all files
-	echo '# What the image installs: requirements.txt with the hash of every file, by make lock.' > requirements.lock
+	echo '# What the image installs: requirements.txt with the hash of every file, by make lock.' > .venv-tools/lock
 	.venv-tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	  --no-header --no-annotate --no-emit-index-url requirements.txt >> requirements.lock
+	  --no-header --no-annotate --no-emit-index-url requirements.txt >> .venv-tools/lock
+	mv .venv-tools/lock requirements.lock
 
 vulnerabilities: $(TOOLS) ## Look up the image's packages among known vulnerabilities (needs the internet)
 	.venv-tools/bin/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
 
-sbom: $(TOOLS) ## Write sbom.json: what the image holds, as CycloneDX
-	.venv-tools/bin/cyclonedx-py requirements --mc-type application --output-reproducible \
-	  --validate -o sbom.json requirements.lock
+sbom: $(TOOLS) $(IMAGE) ## Write sbom.json: the image's Python packages with their licences, as CycloneDX
+	$(BIN)/python -c 'import app; print("[project]\nname = \"payment-service\"\nversion =", repr(app.__version__))' \
+	  > .venv-image/pyproject.toml
+	.venv-tools/bin/cyclonedx-py environment --pyproject .venv-image/pyproject.toml \
+	  --mc-type application --output-reproducible --validate -o sbom.json .venv-image
 
 licences: $(INSTALLED) ## Write docs/licences.md: the licence of each package of the image
 	$(BIN)/python -m devstack.licences requirements.txt > docs/licences.md
 
 clean: ## Delete what make has made: environments, the development database, caches
-	rm -rf .venv .venv-tools .venv-checkov .devstack .coverage htmlcov sbom.json
+	rm -rf .venv .venv-tools .venv-checkov .venv-image .devstack .coverage htmlcov sbom.json
 	rm -rf .mypy_cache .ruff_cache .pytest_cache
 
 $(INSTALLED): requirements.txt requirements-dev.txt
@@ -69,6 +73,13 @@ $(INSTALLED): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $(INSTALLED)
+
+# As the Dockerfile installs: only files whose hash is known, and none that would have to be built.
+$(IMAGE): requirements.lock $(INSTALLED)
+	$(PYTHON) -m venv --clear --without-pip .venv-image
+	$(BIN)/python -m pip --python .venv-image/bin/python install --disable-pip-version-check --quiet \
+	  --only-binary :all: --require-hashes -r requirements.lock
+	@touch $@
 
 $(TOOLS) $(CHECKOV): .venv-%/installed: requirements-%.txt
 	$(PYTHON) -m venv .venv-$*
