@@ -104,8 +104,12 @@ def test_the_autoscaler_can_measure_what_it_scales_by() -> None:
 
 def test_pods_come_at_once_and_leave_slowly() -> None:
     behavior = OBJECTS["HorizontalPodAutoscaler"]["spec"]["behavior"]
-    assert behavior["scaleUp"]["stabilizationWindowSeconds"] == 0
-    assert behavior["scaleDown"]["stabilizationWindowSeconds"] >= 300
+    twice_as_many = {"type": "Percent", "value": 100, "periodSeconds": 15}
+    one_less = {"type": "Pods", "value": 1, "periodSeconds": 60}
+    assert behavior == {
+        "scaleUp": {"stabilizationWindowSeconds": 0, "policies": [twice_as_many]},
+        "scaleDown": {"stabilizationWindowSeconds": 300, "policies": [one_less]},
+    }
 
 
 def test_the_pod_asks_for_what_the_runbook_says_that_it_needs() -> None:
@@ -146,14 +150,19 @@ def test_probes_ask_routes_that_exist(probe: str, path: str) -> None:
 
 
 @pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe"])
-def test_a_pod_is_not_ended_for_a_pause_of_half_a_minute(probe: str) -> None:
+def test_a_pod_is_ended_after_half_a_minute_without_an_answer(probe: str) -> None:
     settings = CONTAINER[probe]
-    assert settings["periodSeconds"] * settings["failureThreshold"] >= 30
+    assert settings["periodSeconds"] * settings["failureThreshold"] == 30
 
 
 def test_a_pod_under_load_has_time_to_answer() -> None:
     assert CONTAINER["livenessProbe"]["timeoutSeconds"] >= 2
     assert CONTAINER["readinessProbe"]["timeoutSeconds"] >= 2
+
+
+def test_a_pod_gets_debits_soon_after_it_is_ready() -> None:
+    assert CONTAINER["startupProbe"]["periodSeconds"] == 1
+    assert CONTAINER["readinessProbe"]["periodSeconds"] <= 5
 
 
 def test_the_configuration_is_one_that_the_service_accepts() -> None:
@@ -175,7 +184,7 @@ def test_the_pod_gets_more_time_than_the_graceful_stop_takes() -> None:
     waiting = re.search(r"sleep\((\d+)\)", json.dumps(CONTAINER["lifecycle"]))
     assert stop is not None
     assert waiting is not None
-    assert int(waiting[1]) + int(stop[1]) < POD["terminationGracePeriodSeconds"]
+    assert int(waiting[1]) + int(stop[1]) < POD["terminationGracePeriodSeconds"] <= 30
 
 
 def test_the_pod_waits_before_it_stops_with_what_the_image_has() -> None:
@@ -187,6 +196,7 @@ def test_the_pod_waits_before_it_stops_with_what_the_image_has() -> None:
 
 def test_the_pod_has_no_rights_that_it_does_not_need() -> None:
     assert POD["automountServiceAccountToken"] is False
+    assert POD["enableServiceLinks"] is False  # names of others are no settings of this one
     user = POD["securityContext"]["runAsUser"]
     assert POD["securityContext"] == {
         "runAsNonRoot": True,
@@ -227,6 +237,7 @@ def test_nodes_and_zones_share_the_pods() -> None:
     ]
     for one in spread:
         assert one["labelSelector"] == labels
+        assert one["maxSkew"] == 1
         # A cluster of one node has to run all of them.
         assert one["whenUnsatisfiable"] == "ScheduleAnyway"
 
@@ -235,6 +246,7 @@ def test_a_node_can_be_emptied_and_takes_one_pod_at_a_time() -> None:
     budget = OBJECTS["PodDisruptionBudget"]["spec"]
     assert budget["selector"] == OBJECTS["Deployment"]["spec"]["selector"]
     assert budget["maxUnavailable"] == 1
+    assert budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow"  # else a broken pod keeps its node
     assert OBJECTS["HorizontalPodAutoscaler"]["spec"]["minReplicas"] > budget["maxUnavailable"]
 
 

@@ -245,6 +245,23 @@ def test_panels_look_at_ranges_that_go_with_what_is_shown() -> None:
     assert ranges == {"$__rate_interval", "$__range"}
 
 
+def test_the_dashboard_opens_on_production_and_every_panel_keeps_to_the_namespace() -> None:
+    overlay = yaml.safe_load(
+        (ROOT / "k8s" / "overlays" / "production" / "kustomization.yaml").read_text()
+    )
+    namespace = DASHBOARD["templating"]["list"][1]
+    assert namespace["current"]["value"] == [overlay["namespace"]]
+    for title, query in QUERIES[len(ALERTS) : -1]:
+        series, _, _ = read_query(query)
+        assert query.count('namespace=~"$namespace"') >= len(series), title
+
+
+def test_the_share_that_fails_is_zero_where_nothing_fails() -> None:
+    (panel,) = [one for one in PANELS if one["title"] == "Share of requests that fail"]
+    failing, _, _ = panel["targets"][0]["expr"].partition(" / ")
+    assert failing.endswith(" or vector(0))")
+
+
 def test_money_is_shown_in_kronor() -> None:
     (panel,) = [one for one in PANELS if "minor_units" in one["targets"][0]["expr"]]
     assert panel["targets"][0]["expr"].endswith(" / 100")

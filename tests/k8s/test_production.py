@@ -72,6 +72,8 @@ def test_the_image_is_named_by_its_digest(objects: dict[str, dict[str, Any]]) ->
 def test_there_are_more_pods_than_in_development(objects: dict[str, dict[str, Any]]) -> None:
     base = yaml.safe_load((K8S / "hpa.yaml").read_text())["spec"]
     autoscaler = objects["HorizontalPodAutoscaler"]["spec"]
+    assert (autoscaler["minReplicas"], autoscaler["maxReplicas"]) == (3, 20)
+    assert "three to twenty pods" in README
     for bound in ("minReplicas", "maxReplicas"):
         assert autoscaler[bound] > base[bound]
     assert autoscaler["behavior"] == base["behavior"]
