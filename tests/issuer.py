@@ -3,9 +3,11 @@
 import json
 import socket
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import httpx
 import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -15,6 +17,9 @@ from servers import SocketServer, http_answer
 ISSUER = "https://login.example.org/realms/shop"
 AUDIENCE = "payment-service"
 ROLE = "payments"
+LET_IN = "payment_not_found"  # what `ask` is told by whoever lets it in
+
+Start = Callable[..., httpx.Client]
 
 
 @cache
@@ -76,3 +81,20 @@ class Issuer(SocketServer):
         del request
         self.calls += 1
         connection.sendall(self.answer())
+
+
+def start(start_service: Start, issuer: Issuer, **settings: object) -> httpx.Client:
+    """Start a service that asks for tokens of this issuer."""
+    rules = {"auth_issuer": ISSUER, "auth_audience": AUDIENCE, "auth_required_role": ROLE}
+    return start_service(auth_jwks_url=f"{issuer.url}/certs", **(rules | settings))
+
+
+def ask(service: httpx.Client, token: str | None) -> httpx.Response:
+    """Ask for an outcome that nobody has: whoever may call is told so."""
+    headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
+    query = {"user_id": "1", "idempotency_key": "never-used"}
+    return service.get("/payments/outcome", params=query, headers=headers)
+
+
+def code(response: httpx.Response) -> str:
+    return str(response.json()["code"])

@@ -1,0 +1,184 @@
+"""The issuer's keys: fetched when needed, no more often, and gone when withdrawn."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from issuer import LET_IN, Issuer, Start, ask, code, make_token, published, start
+from servers import RawServer, http_answer
+
+from app.issuer_keys import KEYS_TIMEOUT_SECONDS, IssuerKeys
+
+
+class HeldIssuer(Issuer):
+    """Writes its answer when it is asked, and sends it when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+        self.may_answer.set()
+
+    def _publish(self, connection: socket.socket, request: bytes) -> None:
+        answer = self.answer()
+        self.is_asked.set()
+        self.may_answer.wait()
+        connection.sendall(answer)
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    with Issuer() as issuer:
+        yield issuer
+
+
+@pytest.fixture
+def service(start_service: Start, issuer: Issuer) -> httpx.Client:
+    return start(start_service, issuer)
+
+
+def test_the_keys_are_asked_for_once(service: httpx.Client, issuer: Issuer) -> None:
+    for _ in range(5):
+        assert code(ask(service, make_token())) == LET_IN
+    assert issuer.calls == 1
+
+
+def test_unknown_keys_cause_one_refresh_and_no_storm(service: httpx.Client, issuer: Issuer) -> None:
+    assert code(ask(service, make_token())) == LET_IN
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda _: ask(service, make_token("unknown")), range(40)))
+    assert {(answer.status_code, code(answer)) for answer in answers} == {(401, "unauthenticated")}
+    assert "does not publish" in answers[0].json()["detail"]
+    assert issuer.calls == 2
+
+
+def test_made_up_keys_wait_for_one_refresh_a_second(service: httpx.Client, issuer: Issuer) -> None:
+    started = time.monotonic()
+    with ThreadPoolExecutor(20) as pool:
+        names = [f"made-up-{number}" for number in range(40)]
+        tokens = [make_token("unknown", key_id=name) for name in names]
+        answers = list(pool.map(lambda token: ask(service, token), tokens))
+    assert {code(answer) for answer in answers} == {"unauthenticated"}
+    assert issuer.calls <= 2 + (time.monotonic() - started)
+
+
+def test_a_token_signed_with_a_new_key_is_let_in_at_once(
+    service: httpx.Client, issuer: Issuer
+) -> None:
+    assert code(ask(service, make_token())) == LET_IN
+    issuer.keys = [published("second", "ES256"), published("first", "RS256")]
+    assert code(ask(service, make_token("second", "ES256"))) == LET_IN
+    assert code(ask(service, make_token())) == LET_IN
+    assert issuer.calls == 2
+
+
+def test_a_withdrawn_key_is_refused_after_the_refresh(
+    service: httpx.Client, issuer: Issuer
+) -> None:
+    token = make_token()
+    assert code(ask(service, token)) == LET_IN
+    issuer.keys = [published("second", "RS256")]
+    assert code(ask(service, make_token("second"))) == LET_IN
+    assert code(ask(service, token)) == "unauthenticated"
+
+
+def test_a_new_key_is_found_although_the_keys_were_just_being_fetched(
+    start_service: Start,
+) -> None:
+    with HeldIssuer() as issuer, ThreadPoolExecutor(2) as callers:
+        service = start(start_service, issuer)
+        issuer.may_answer.clear()
+        first = callers.submit(ask, service, make_token())
+        issuer.is_asked.wait()  # its answer stands, and is on its way
+        issuer.keys.append(published("second", "RS256"))
+        second = callers.submit(ask, service, make_token("second"))
+        time.sleep(0.1)  # until the service has read it
+        issuer.may_answer.set()
+        assert [code(first.result()), code(second.result())] == [LET_IN, LET_IN]
+
+
+def test_known_keys_go_on_while_the_issuer_is_down(service: httpx.Client, issuer: Issuer) -> None:
+    assert code(ask(service, make_token())) == LET_IN
+    issuer.is_up = False
+    unknown = ask(service, make_token("second"))
+    assert (unknown.status_code, code(unknown)) == (503, "authentication_unavailable")
+    assert unknown.headers["retry-after"] == "1"
+    assert code(ask(service, make_token())) == LET_IN
+    issuer.is_up = True
+    issuer.keys.append(published("second", "RS256"))
+    assert code(ask(service, make_token("second"))) == LET_IN
+
+
+def test_a_withdrawn_key_ends_when_the_keys_are_old_unless_the_issuer_is_down(
+    issuer: Issuer,
+) -> None:
+    async def find_first() -> list[bool]:
+        async with httpx.AsyncClient() as client:
+            keys = IssuerKeys(client, issuer.url, age_seconds_max=0)
+            found = [await keys.get("first") is not None]
+            issuer.is_up, issuer.keys = False, [published("second", "RS256")]
+            found.append(await keys.get("first") is not None)
+            issuer.is_up = True
+            found.append(await keys.get("first") is not None)
+        return found
+
+    assert asyncio.run(find_first()) == [True, True, False]
+
+
+def test_waiting_for_the_issuer_is_part_of_the_time_that_a_request_has(
+    start_service: Start,
+) -> None:
+    with RawServer(None, holds=True) as silent:
+        service = start_service(auth_jwks_url=silent.url, request_timeout_seconds=1)
+        answer = ask(service, make_token())
+    assert code(answer) == "authentication_unavailable"
+    assert answer.elapsed.total_seconds() < KEYS_TIMEOUT_SECONDS
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"keys": []}', b'{"keys": [{"kty": "oct"}]}'])
+def test_an_answer_without_keys_is_no_word_about_the_token(
+    start_service: Start, body: bytes
+) -> None:
+    with RawServer(http_answer("200 OK", body)) as issuer:
+        service = start_service(auth_jwks_url=issuer.url)
+        assert code(ask(service, make_token())) == "authentication_unavailable"
+
+
+def test_keys_for_other_uses_are_left_out(start_service: Start) -> None:
+    secret = {"kty": "oct", "k": "c2VjcmV0", "kid": "secret", "alg": "HS256"}
+    for_encryption = published("first", "RS256", use="enc", alg="RSA-OAEP")
+    with Issuer(secret, for_encryption, published("second", "RS256", use="enc")) as issuer:
+        issuer.keys.append(published("third", "RS256"))
+        service = start(start_service, issuer)
+        told = [code(ask(service, make_token(key))) for key in ("third", "second", "first")]
+        assert told == [LET_IN, "unauthenticated", "unauthenticated"]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kty": "RSA", "kid": "odd", "n": 1},
+        {"kty": "RSA", "kid": "odd", "alg": "none"},
+        {"kty": "none", "kid": "odd"},
+        published("odd", "RS256") | {"kid": ["odd"]},
+        "odd",
+        None,
+    ],
+    ids=json.dumps,
+)
+def test_a_key_that_cannot_be_read_spoils_no_other(start_service: Start, odd: Any) -> None:
+    with Issuer(odd, published("first", "RS256")) as issuer:
+        assert code(ask(start(start_service, issuer), make_token())) == LET_IN
+
+
+def test_an_rsa_key_that_names_no_algorithm_goes_with_any_of_its_kind(start_service: Start) -> None:
+    with Issuer(published("first", "RS256")) as issuer:
+        del issuer.keys[0]["alg"]
+        service = start(start_service, issuer)
+        assert code(ask(service, make_token("first", "RS256"))) == LET_IN

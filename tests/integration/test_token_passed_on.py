@@ -1,0 +1,102 @@
+"""A caller's token goes on to the products service, which may refuse it, and nowhere else."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from database import Database
+from issuer import Issuer, Start, code, make_token, start
+from servers import RawServer, SocketServer, http_answer
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    with Issuer() as issuer:
+        yield issuer
+
+
+class Guarded(SocketServer):
+    """A products service that asks for a token, and does not take the one of `refused`."""
+
+    def __init__(self, refused: str = "") -> None:
+        super().__init__(self._tell)
+        self.refused = refused
+        self.authorizations: list[str] = []
+
+    def _tell(self, connection: Any, request: bytes) -> None:
+        lines = request.decode().split("\r\n")
+        sent = [line.partition(": ")[2] for line in lines if line.lower().startswith("authoriz")]
+        self.authorizations += sent
+        item_id = lines[0].split(" ")[1].rsplit("/", 1)[1]
+        body = f'{{"id": "{item_id}", "price": 350, "active": true}}'.encode()
+        if not sent or sent == [f"Bearer {self.refused}"]:
+            connection.sendall(http_answer("401 Unauthorized", b'{"detail": "no"}'))
+        else:
+            connection.sendall(http_answer("200 OK", body))
+
+
+def test_the_token_is_passed_on_to_the_products_service_and_not_to_the_ledger(
+    start_service: Start, issuer: Issuer, database: Database
+) -> None:
+    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    token = make_token()
+    with Guarded() as products, RawServer(b"") as gateway:
+        service = start(start_service, issuer, products_service_url=products.url)
+        headers = {"Authorization": f"Bearer {token}"}
+        assert service.post("/payments/debit", json=body, headers=headers).status_code == 200
+        assert products.authorizations == [f"Bearer {token}"]
+        service = start(
+            *(start_service, issuer),
+            products_service_url=products.url,
+            supabase_url=gateway.url,
+            request_timeout_seconds=1,
+        )
+        service.post("/payments/debit", json=body, headers=headers)
+    assert gateway.requests
+    assert all(token.encode() not in request for request in gateway.requests)
+
+
+def test_a_token_that_the_products_service_refuses_is_forbidden_to_its_caller_alone(
+    start_service: Start, issuer: Issuer, database: Database
+) -> None:
+    refused, good = make_token(sub="refused"), make_token(sub="good")
+    bodies = [
+        {"user_id": database.add_user(), "item_id": item_id}
+        for item_id in [str(database.add_item()) for _ in range(4)]
+        for _ in range(4)
+    ]
+    with Guarded(refused) as products:
+        service = start(start_service, issuer, products_service_url=products.url)
+
+        def debit(number: int) -> str:
+            token = refused if number % 2 else good
+            headers = {"Authorization": f"Bearer {token}"}
+            answer = service.post("/payments/debit", json=bodies[number], headers=headers)
+            return "charged" if answer.status_code == 200 else code(answer)
+
+        assert debit(1) == "forbidden"
+        with ThreadPoolExecutor(len(bodies)) as pool:
+            told = list(pool.map(debit, range(len(bodies))))
+    assert set(told[::2]) == {"charged"}
+    assert set(told[1::2]) <= {"forbidden", "charged"}  # a known item is known to all
+
+
+def test_a_retry_is_answered_although_the_products_service_refuses_the_token(
+    start_service: Start, issuer: Issuer, database: Database
+) -> None:
+    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    first, second = make_token(sub="first"), make_token(sub="second")
+    with Guarded(refused=second) as products:
+        settings = {"products_service_url": products.url, "products_cache_seconds": 0}
+        service = start(start_service, issuer, **settings)
+        answers = [
+            service.post(
+                "/payments/debit",
+                json=body,
+                headers={"Authorization": f"Bearer {token}", "Idempotency-Key": "coffee"},
+            )
+            for token in (first, second)
+        ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].content == answers[1].content
