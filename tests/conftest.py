@@ -10,6 +10,7 @@ import httpx
 import psycopg
 import pytest
 from database import Database
+from issuer import Issuer
 from servers import free_port, make_settings, served
 
 from app.main import PaymentService
@@ -80,3 +81,9 @@ def start_service(gateway_url: str, products_url: str) -> Iterator[Callable[...,
             return stack.enter_context(httpx.Client(base_url=url, timeout=30))
 
         yield start
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    with Issuer() as issuer:
+        yield issuer

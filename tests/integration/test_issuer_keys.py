@@ -5,7 +5,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,12 +29,6 @@ class HeldIssuer(Issuer):
         self.is_asked.set()
         self.may_answer.wait()
         connection.sendall(answer)
-
-
-@pytest.fixture
-def issuer() -> Iterator[Issuer]:
-    with Issuer() as issuer:
-        yield issuer
 
 
 @pytest.fixture

@@ -1,19 +1,11 @@
 """A caller's token goes on to the products service, which may refuse it, and nowhere else."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import pytest
 from database import Database
 from issuer import Issuer, Start, code, make_token, start
 from servers import RawServer, SocketServer, http_answer
-
-
-@pytest.fixture
-def issuer() -> Iterator[Issuer]:
-    with Issuer() as issuer:
-        yield issuer
 
 
 class Guarded(SocketServer):
