@@ -59,10 +59,10 @@ def main() -> None:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m devstack", description=__doc__)
-    parser.add_argument("--port", type=int, default=8002, help="payment service (%(default)s)")
-    parser.add_argument("--products-port", type=int, default=8001, help="(%(default)s)")
-    parser.add_argument("--gateway-port", type=int, default=54321, help="(%(default)s)")
-    parser.add_argument("--postgres-port", type=int, default=54322, help="(%(default)s)")
+    parser.add_argument("--port", type=_port, default=8002, help="payment service (%(default)s)")
+    parser.add_argument("--products-port", type=_port, default=8001, help="(%(default)s)")
+    parser.add_argument("--gateway-port", type=_port, default=54321, help="(%(default)s)")
+    parser.add_argument("--postgres-port", type=_port, default=54322, help="(%(default)s)")
     parser.add_argument(
         "--data",
         type=Path,
@@ -70,6 +70,12 @@ def _parse_arguments() -> argparse.Namespace:
         help="folder for the data; delete it to start afresh (%(default)s)",
     )
     return parser.parse_args()
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is no port: should be 1 to 65535")
+    return int(text)
 
 
 def _start(arguments: argparse.Namespace, stack: ExitStack) -> subprocess.Popen[bytes]:
@@ -105,17 +111,22 @@ def _only_stack_in(data: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel at any end
         except BlockingIOError:
-            raise StackFailed(f"A dev stack is already running on {data}.") from None
+            raise StackFailed(
+                f"A dev stack is already running on {data}; another needs ports of its own and "
+                "--data FOLDER."
+            ) from None
         yield
 
 
 def _refuse_taken_ports(arguments: argparse.Namespace) -> None:
-    for option in ("port", "products_port", "gateway_port", "postgres_port"):
-        port = getattr(arguments, option)
-        with socket.socket() as probe:
+    with ExitStack() as probes:  # all held until the last is tried, so that none is named twice
+        for option in ("port", "products_port", "gateway_port", "postgres_port"):
+            port = getattr(arguments, option)
+            probe = probes.enter_context(socket.socket())
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
+                probe.listen()
             except OSError as error:
                 flag = f"--{option.replace('_', '-')}"
                 raise StackFailed(

@@ -3,7 +3,6 @@
 import argparse
 import os
 import signal
-import sys
 import threading
 from typing import Any
 
@@ -43,7 +42,9 @@ def _application(name: str, postgres_port: int) -> Any:
 
 def _stop_with_parent() -> None:
     """Wait for the end of standard input, which comes when the parent ends, however it ends."""
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: its lock would be held when the interpreter ends, which aborts then.
+    while os.read(0, 1024):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

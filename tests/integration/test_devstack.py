@@ -132,6 +132,42 @@ def test_a_taken_port_is_named(data: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+def test_a_port_given_twice_is_named(data: Path) -> None:
+    port = free_port()
+    ended = run(command(data, {"--port": port, "--products-port": port}))
+    assert ended.returncode == 1
+    assert f"Port {port} cannot be used" in ended.stderr
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "abc"])
+def test_a_port_that_cannot_be_is_named(port: str) -> None:
+    ended = run([sys.executable, "-m", "devstack", "--port", port])
+    assert ended.returncode == 2
+    assert f"{port} is no port" in ended.stderr
+
+
+def test_a_service_that_does_not_start_says_why_and_nothing_else(
+    data: Path, ports: dict[str, int]
+) -> None:
+    ended = run(command(data, ports), LOG_LEVEL="LOUD")
+    assert ended.returncode == 1
+    assert "LOG_LEVEL: Input should be" in ended.stderr
+    assert "Fatal Python error" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert_free(ports)
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
 def test_a_service_that_ends_by_itself_ends_the_stack(data: Path, ports: dict[str, int]) -> None:
     with running_stack(data, ports, signal.SIGINT) as (stack, _):
         servers = subprocess.run(
