@@ -57,6 +57,13 @@ KEY_HEADER = {
     "debit, kept for its retries. Without it a retry after a lost answer may charge again.",
     "schema": {"type": "string", "pattern": KEY_PATTERN},
 }
+CODE_PARAMETER = {
+    "name": "code",
+    "in": "path",
+    "required": True,
+    "description": "The problem's code.",
+    "schema": {"type": "string"},
+}
 REPLAYED_HEADER = {
     "description": "true when this is the answer of an earlier request with the same key.",
     "schema": {"type": "string", "enum": ["true"]},
@@ -144,6 +151,8 @@ async def get_ready(request: Request) -> Response:
     """Readiness: the ledger has answered since the start, and no signal to stop has come."""
     services: Services = request.state.services
     status = services.readiness.status
+    if status != "ready":
+        request.state.code = status
     body = ReadinessBody(
         status=status,
         dependencies={
@@ -164,9 +173,9 @@ async def get_problems() -> list[ProblemExplanation]:
     return [explanation for code in errors.PROBLEMS if (explanation := explain(code))]
 
 
-async def get_problem(code: str) -> ProblemExplanation:
+async def get_problem(request: Request) -> ProblemExplanation:
     """What one error code means and what the caller should do."""
-    explanation = explain(code)
+    explanation = explain(request.path_params["code"])
     if explanation is None:
         raise errors.NotFound("There is no problem with this code; /problems lists all")
     return explanation
@@ -241,6 +250,8 @@ def add_routes(app: FastAPI) -> None:
         get_problem,
         summary="One entry of the error catalogue",
         responses=documented(errors.NotFound),
+        # By hand: FastAPI would document that a text can be no text.
+        openapi_extra={"parameters": [CODE_PARAMETER]},
     )
 
 

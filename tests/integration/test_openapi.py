@@ -76,3 +76,14 @@ def test_the_examples_of_the_document_work_on_the_seed(
     documented = operation["responses"]["200"]["content"]["application/json"]["example"]
     assert set(answer.json()) == set(documented)
     assert answer.json()["amount"] == documented["amount"]
+
+
+def test_every_refusal_that_is_documented_is_a_problem() -> None:
+    document = PaymentService().openapi()
+    assert (
+        set(document["components"]["schemas"]) & {"HTTPValidationError", "ValidationError"} == set()
+    )
+    for path, method in OPERATIONS:
+        for status, response in document["paths"][path][method]["responses"].items():
+            if status >= "400" and path != "/ready":
+                assert set(response["content"]) == {"application/problem+json"}, (path, status)
