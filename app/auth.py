@@ -13,6 +13,8 @@ from app.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys
 TOKEN_LENGTH_MAX = 8_192
 ACCEPTED_MAX = 1_000  # tokens
 
+UNKNOWN_KEY = "The token is signed with a key that the issuer does not publish"
+UNNAMED_KEY = "The token does not name its key (kid), and the issuer publishes more than one"
 TOKEN_ERRORS = (jwt.PyJWTError, ValueError, TypeError)
 
 REASONS: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
@@ -21,7 +23,6 @@ REASONS: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
     (jwt.InvalidIssuerError, "The token is from another issuer"),
     (jwt.InvalidAudienceError, "The token is for another audience"),
     (jwt.InvalidSignatureError, "The token's signature is not valid"),
-    (jwt.MissingRequiredClaimError, "The token lacks a claim: exp, iss or aud"),
 )
 
 
@@ -63,7 +64,7 @@ class Authentication:
             key_id = _read_key_id(token)
             key = await self._keys.get(key_id)
             if key is None:
-                raise _invalid("The token is signed with a key that the issuer does not publish")
+                raise _invalid(UNKNOWN_KEY if key_id else UNNAMED_KEY)
             claims = self._read_claims(token, key)
             if self._required_role is not None and self._required_role not in _roles(claims):
                 raise Forbidden("The token lacks the role that payments need")
@@ -97,6 +98,8 @@ class Authentication:
                     "verify_iat": False,  # when it was issued is no rule of who may call
                 },
             )
+        except jwt.MissingRequiredClaimError as error:
+            raise _invalid(f"The token lacks {error.claim}") from error
         except TOKEN_ERRORS as error:
             reason = next((text for kind, text in REASONS if isinstance(error, kind)), None)
             raise _invalid(reason or "The token cannot be read") from error

@@ -105,7 +105,8 @@ class IssuerKeys:
                     response = await self._client.get(self._url)
                 self._keys = _read_keys(response.raise_for_status().json())
         except FETCH_ERRORS as error:
-            logger.warning("the issuer's keys cannot be fetched: %s", type(error).__name__)
+            reason = type(error.__cause__ or error).__name__
+            logger.warning("the issuer's keys cannot be fetched from AUTH_JWKS_URL: %s", reason)
             return False
         return True
 

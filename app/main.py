@@ -157,10 +157,12 @@ async def _open_authentication(stack: AsyncExitStack, settings: Settings) -> Aut
             "AUTH_JWKS_URL turns it on"
         )
         return None
-    if settings.auth_required_role is None:
-        logger.warning(
-            "AUTH_REQUIRED_ROLE is not set: whoever has a token of the issuer may charge anybody"
-        )
+    for name, who in (
+        ("auth_required_role", "whoever has a token of the issuer"),
+        ("auth_audience", "whoever has a token that was made for another service"),
+    ):
+        if getattr(settings, name) is None:
+            logger.warning("%s is not set: %s may charge anybody", name.upper(), who)
     client = await stack.enter_async_context(_http_client(KEYS_TIMEOUT_SECONDS))
     return Authentication(
         IssuerKeys(client, settings.auth_jwks_url),

@@ -94,7 +94,8 @@ class Products:
                     item = await self._ask(item_id)
             except (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
                 self.last_state = "unavailable"
-                logger.warning("products service: %s", type(error).__name__)
+                # The transport calls every failed connection a timeout; its cause says what it was.
+                logger.warning("products service: %s", type(error.__cause__ or error).__name__)
                 raise ProductsUnavailable from error
             self.last_state = "ok"
             if item is None:

@@ -50,7 +50,10 @@ def published(name: str, algorithm: str, **members: str) -> dict[str, Any]:
 def make_token(
     key: str = "first", algorithm: str = "RS256", *, key_id: str | None = None, **claims: Any
 ) -> str:
-    """Sign a token that is valid for a minute, unless the claims say otherwise; None leaves out."""
+    """Sign a token that is valid for a minute, unless the claims say otherwise; None leaves out.
+
+    An empty key id leaves out that too.
+    """
     all_claims = {
         "iss": ISSUER,
         "aud": AUDIENCE,
@@ -59,7 +62,7 @@ def make_token(
         **claims,
     }
     present = {name: value for name, value in all_claims.items() if value is not None}
-    headers = {"kid": key_id or key}
+    headers = {"kid": key if key_id is None else key_id} if key_id != "" else {}
     return jwt.encode(present, private_key(key, algorithm), algorithm=algorithm, headers=headers)
 
 

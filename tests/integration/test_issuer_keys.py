@@ -143,6 +143,17 @@ def test_an_answer_without_keys_is_no_word_about_the_token(
         assert code(ask(service, make_token())) == "authentication_unavailable"
 
 
+def test_a_token_need_not_name_the_only_key_but_one_of_several(start_service: Start) -> None:
+    with Issuer() as issuer:
+        service = start(start_service, issuer)
+        token = make_token(key_id="")
+        assert code(ask(service, token)) == LET_IN
+        issuer.keys.append(published("second", "RS256"))
+        assert code(ask(service, make_token("second"))) == LET_IN
+        refused = ask(service, token)
+    assert refused.json()["detail"].startswith("The token does not name its key (kid)")
+
+
 def test_keys_for_other_uses_are_left_out(start_service: Start) -> None:
     secret = {"kty": "oct", "k": "c2VjcmV0", "kid": "secret", "alg": "HS256"}
     for_encryption = published("first", "RS256", use="enc", alg="RSA-OAEP")
