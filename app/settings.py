@@ -21,7 +21,7 @@ def _web_address(address: str) -> str:
     except ValueError:
         named = False
     if not named or parts.fragment or any(c.isspace() for c in address):
-        raise ValueError("should be an address such as https://abc.supabase.co")
+        raise ValueError("should be an address such as https://service.example.org")
     if parts.username or parts.password:
         raise ValueError("should not hold a user name or password")
     return address
@@ -36,16 +36,25 @@ def _service_address(address: str) -> str:
     return address.rstrip("/")
 
 
+def _collector_address(address: str) -> str:
+    if address.endswith("/v1/traces"):
+        raise ValueError("should be the collector's address without /v1/traces")
+    return address
+
+
 def _header_value(secret: SecretStr) -> SecretStr:
     text = secret.get_secret_value().strip()
     if not text or not all("!" <= character <= "~" for character in text):
         raise ValueError("should be one line of visible ASCII characters without spaces")
+    if text.startswith("sb_publishable_"):
+        raise ValueError("should be the key of the role service_role; this is the publishable one")
     return SecretStr(text)
 
 
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 KeysAddress = Annotated[Name, AfterValidator(_web_address)]
 ServiceAddress = Annotated[Name, AfterValidator(_service_address)]
+CollectorAddress = Annotated[ServiceAddress, AfterValidator(_collector_address)]
 
 
 class SettingsError(Exception):
@@ -88,7 +97,7 @@ class Settings(BaseSettings):
     auth_required_role: Name | None = Field(
         None, description="The role or scope that a token has to carry."
     )
-    otel_exporter_otlp_endpoint: ServiceAddress | None = Field(
+    otel_exporter_otlp_endpoint: CollectorAddress | None = Field(
         None, description="A collector of traces that speaks OTLP over HTTP; turns traces on."
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
@@ -118,6 +127,6 @@ def load_settings() -> Settings:
             for problem in error.errors(include_url=False, include_input=False)
         ]
         raise SettingsError(
-            "The service cannot start. Set these in its environment or in .env "
+            "The service cannot start. In its environment or in .env these are missing or wrong "
             "(.env.example explains each):\n" + "\n".join(problems)
         ) from None

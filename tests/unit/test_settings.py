@@ -70,6 +70,8 @@ def test_an_unknown_setting_in_the_file_is_named(tmp_path: Path) -> None:
         ("SUPABASE_URL", "https://abc.supa base.co"),
         ("SUPABASE_SERVICE_ROLE_KEY", "secret key"),
         ("SUPABASE_SERVICE_ROLE_KEY", "secret\nkey"),
+        ("SUPABASE_SERVICE_ROLE_KEY", "sb_publishable_abc"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318/v1/traces"),
         ("PRODUCTS_SERVICE_URL", "products:8001"),
         ("LOG_LEVEL", "LOUD"),
     ],
