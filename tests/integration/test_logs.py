@@ -145,7 +145,12 @@ def test_a_failure_of_a_dependency_is_told_with_the_request_that_met_it(
 
 def test_keys_and_tokens_are_never_logged(logged: Callable[..., str], database: Database) -> None:
     body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
-    tokens = [make_token(), make_token(exp=int(time.time()) - 1), make_token("unknown"), "abc.def"]
+    tokens = [
+        make_token(),
+        make_token(exp=int(time.time()) - 1),
+        make_token("unknown"),
+        "a.no-token",
+    ]
     secrets = ["my-own-key-1", SERVICE_ROLE_KEY, "collectors-own-key", *tokens]
     collector = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",
