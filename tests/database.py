@@ -62,6 +62,28 @@ class Database:
 
 
 @contextmanager
+def refusing(database: Database, table: str, condition: str) -> Iterator[None]:
+    """Let the database refuse every new row that does not fulfil a condition."""
+    database.connection.execute(
+        f'alter table public."{table}" add constraint refusing check ({condition}) not valid'
+    )
+    try:
+        yield
+    finally:
+        database.connection.execute(f'alter table public."{table}" drop constraint refusing')
+
+
+def create_database(port: int, name: str) -> str:
+    """Make an empty database in which the service's role may enter the schema; its address."""
+    with psycopg.connect(database_url(port), autocommit=True) as admin:
+        admin.execute(f"create database {name}")
+    url = database_url(port, database=name)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("grant usage on schema public to service_role")
+    return url
+
+
+@contextmanager
 def locked(port: int, *users: int) -> Iterator[psycopg.Connection]:
     """Hold users' rows, so that their debits get as far as the database and wait there."""
     with psycopg.connect(database_url(port)) as somebody:

@@ -41,6 +41,17 @@ def command(data: Path, ports: dict[str, int]) -> list[str]:
     return [sys.executable, "-m", "devstack", "--data", str(data), *options]
 
 
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
 @contextmanager
 def running_stack(
     data: Path, ports: dict[str, int], stop: signal.Signals
@@ -98,9 +109,7 @@ def test_it_starts_stops_is_killed_and_starts_again_with_its_data(
 ) -> None:
     with running_stack(data, ports, signal.SIGINT) as (stack, printed):
         assert run_curl_line(printed)["new_balance"] == 4650
-        second = subprocess.run(
-            command(data, ports), capture_output=True, text=True, check=False, timeout=30
-        )
+        second = run(command(data, ports))
         assert second.returncode == 1
         assert "already running" in second.stderr
     assert stack.returncode == 0
@@ -119,13 +128,7 @@ def test_it_starts_stops_is_killed_and_starts_again_with_its_data(
 def test_a_taken_port_is_named(data: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        ended = subprocess.run(
-            command(data, {"--products-port": port, "--port": free_port()}),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=30,
-        )
+        ended = run(command(data, {"--products-port": port, "--port": free_port()}))
     assert ended.returncode == 1
     assert f"Port {port} cannot be used" in ended.stderr
     assert "--products-port" in ended.stderr
@@ -157,17 +160,6 @@ def test_a_service_that_does_not_start_says_why_and_nothing_else(
     assert_free(ports)
 
 
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
 def test_a_service_that_ends_by_itself_ends_the_stack(data: Path, ports: dict[str, int]) -> None:
     with running_stack(data, ports, signal.SIGINT) as (stack, _):
         servers = subprocess.run(
@@ -183,8 +175,7 @@ def test_a_service_that_ends_by_itself_ends_the_stack(data: Path, ports: dict[st
 
 
 def test_help_names_every_option() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-m", "devstack", "--help"], capture_output=True, text=True, check=True
-    )
+    shown = run([sys.executable, "-m", "devstack", "--help"])
+    assert shown.returncode == 0
     for option in ("--port", "--products-port", "--gateway-port", "--postgres-port", "--data"):
         assert option in shown.stdout

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 import httpx
 import psycopg
 import pytest
-from database import Database, locked
+from database import Database, locked, refusing
 from faulty_gateway import FAULTS, FaultyGateway
 
 Start = Callable[..., httpx.Client]
@@ -145,14 +145,8 @@ def test_a_debit_that_the_database_refuses_fails_alone(
 ) -> None:
     users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
     refused = users[7]
-    database.connection.execute(
-        'alter table public."Users" add constraint not_seven check '
-        f"(card_id <> {refused} or balance = 5000) not valid"
-    )
-    try:
+    with refusing(database, "Users", f"card_id <> {refused} or balance = 5000"):
         answers = post_together(start(start_service, gateway), users, item_id)
-    finally:
-        database.connection.execute('alter table public."Users" drop constraint not_seven')
     codes = {answer.json().get("user_id"): answer.status_code for answer in answers}
     assert answers[7].json()["code"] == "ledger_rejected"
     assert codes == {user_id: 200 for user_id in users if user_id != refused} | {None: 500}

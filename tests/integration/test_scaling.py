@@ -13,7 +13,7 @@ from uuid import uuid4
 import httpx
 import psycopg
 import pytest
-from database import Database
+from database import Database, create_database
 from postgrest.exceptions import APIError
 from psycopg import errors
 from psycopg.types.json import Jsonb
@@ -120,12 +120,7 @@ def new_database(postgres_port: int) -> Callable[[], str]:
     """Make a migrated database without rows; returns its address."""
 
     def make() -> str:
-        name = f"scaling_{uuid4().hex}"
-        with psycopg.connect(database_url(postgres_port), autocommit=True) as admin:
-            admin.execute(f"create database {name}")
-        url = database_url(postgres_port, database=name)
-        with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute("grant usage on schema public to service_role")
+        url = create_database(postgres_port, f"scaling_{uuid4().hex}")
         apply_migrations(url)
         return url
 

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from database import Database
+from database import Database, refusing
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from servers import SocketServer, free_port, http_answer, served, service_process
@@ -166,19 +166,14 @@ def test_no_span_holds_what_the_database_said_of_a_row(
 ) -> None:
     user_id, key = database.add_user(), f"refused-{uuid4()}"
     body = {"user_id": user_id, "item_id": str(database.add_item())}
-    database.connection.execute(
-        'alter table public."Transaction_History" add constraint not_this_key '
-        f"check (idempotency_key <> '{key}') not valid"
-    )
-    try:
-        with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
-            answer = service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
-            assert answer.json()["code"] == "ledger_rejected"
-            collector.await_spans("POST /payments/debit", 1)
-    finally:
-        database.connection.execute(
-            'alter table public."Transaction_History" drop constraint not_this_key'
-        )
+    with (
+        refusing(database, "Transaction_History", f"idempotency_key <> '{key}'"),
+        Collector() as collector,
+        traced(migrated_port, collector.url) as (service, _),
+    ):
+        answer = service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
+        assert answer.json()["code"] == "ledger_rejected"
+        collector.await_spans("POST /payments/debit", 1)
     told = "".join(map(str, collector.spans))
     assert "LedgerRejected" in told
     assert key not in told

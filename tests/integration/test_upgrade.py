@@ -6,8 +6,9 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from database import create_database
 
-from devstack.postgres import apply_migrations, database_url
+from devstack.postgres import apply_migrations
 
 SHAPES = sorted((Path(__file__).parent.parent / "data" / "existing-database").glob("*.sql"))
 
@@ -32,11 +33,8 @@ def state(connection: psycopg.Connection) -> list[object]:
 @pytest.fixture(params=SHAPES, ids=lambda path: path.stem)
 def old_url(request: pytest.FixtureRequest, postgres_port: int) -> str:
     name = f"old_{request.param.stem.replace('-', '_')}_{abs(hash(request.node.name))}"
-    with psycopg.connect(database_url(postgres_port), autocommit=True) as admin:
-        admin.execute(f"create database {name}")
-    url = database_url(postgres_port, database=name)
+    url = create_database(postgres_port, name)
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("grant usage on schema public to service_role")
         connection.execute(request.param.read_bytes())
     return url
 
