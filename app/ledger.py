@@ -15,7 +15,7 @@ from postgrest.types import JSON
 from supabase import AsyncClient
 
 from app import metrics
-from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError, UserNotFound
+from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
 from app.outcomes import Outcome, read_batch, read_found, read_outcome
 from app.schemas import DebitRequest
 from app.tracing import dependency_call
@@ -142,18 +142,12 @@ class Ledger:
             raise LedgerUnavailable from error
 
     async def check(self) -> None:
-        """See whether debit_use can be called, with a debit that no user can be charged for.
+        """Ask the database whether everything that a debit reads and writes is there.
 
         Raises:
-            PaymentError: it cannot.
+            PaymentError: it is not, or the database did not respond.
         """
-        nobody: dict[str, JSON] = {
-            "user_id_input": None,
-            "item_input": None,
-            "idempotency_key_input": None,
-            "expected_price_input": None,
-        }
-        await self._call("debit_use", nobody, _now() + CALL_TIMEOUT_SECONDS, _read_nobodys)
+        await self._call("check_ledger", {}, _now() + CALL_TIMEOUT_SECONDS, _read_check)
 
     async def _ask(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
         arguments: dict[str, JSON] = {
@@ -226,9 +220,9 @@ def classify_failure(error: Exception) -> type[PaymentError]:
     return LedgerRejected
 
 
-def _read_nobodys(answer: object) -> None:
-    if not isinstance(answer, dict) or answer.get("outcome") != UserNotFound.code:
-        raise ValueError("the outcome is not that of nobody's debit")
+def _read_check(answer: object) -> None:
+    if not isinstance(answer, dict) or answer.get("outcome") != "ready":
+        raise ValueError("the response is not that of check_ledger")
 
 
 def _delay_seconds(calls: int) -> float:

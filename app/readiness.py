@@ -32,7 +32,7 @@ class Readiness:
             try:
                 await ledger.check()
             except PaymentError as error:
-                logger.warning("not ready: debit_use: %s. %s", error.code, _what_to_do(error))
+                logger.warning("not ready: check_ledger: %s. %s", error.code, _what_to_do(error))
                 await asyncio.sleep(delay_seconds)
                 delay_seconds = min(2 * delay_seconds, DELAY_SECONDS_MAX)
             else:

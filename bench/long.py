@@ -26,17 +26,15 @@ from generate_series(1, {USERS}) as number;
 insert into public."Transaction_History" (
   user_id, item, amount_delta, seq, kind, balance_after, created_at
 )
-overriding system value
 select
   1000000 + number,
   case when place > 1 then '00000000-0000-4000-8000-000000000001'::uuid end,
   case when place > 1 then -1 else {OPENING} end,
-  (place - 1) * {USERS}::bigint + number + 1000000,
+  place,
   case when place > 1 then 'debit' else 'opening' end,
   {OPENING} - place + 1,
   now() - make_interval(secs => {ENTRIES_EACH} - place)
 from generate_series(1, {ENTRIES_EACH}) as place, generate_series(1, {USERS}) as number;
-select setval('public."Transaction_History_seq_seq"', {USERS}::bigint * {ENTRIES_EACH} + 2000000);
 reset session_replication_role;
 analyze public."Users", public."Transaction_History";
 """

@@ -73,13 +73,23 @@ def refusing(database: Database, table: str, condition: str) -> Iterator[None]:
         database.connection.execute(f'alter table public."{table}" drop constraint refusing')
 
 
+SUPABASE_GRANTS = """
+grant usage on schema public to anon, authenticated, service_role;
+alter default privileges in schema public grant all on tables to anon, authenticated, service_role;
+alter default privileges in schema public
+grant all on functions to anon, authenticated, service_role;
+alter default privileges in schema public
+grant all on sequences to anon, authenticated, service_role;
+"""
+
+
 def create_database(port: int, name: str) -> str:
-    """Make an empty database in which the service's role may enter the schema; its address."""
+    """Make an empty database with the grants of Supabase; its address."""
     with psycopg.connect(database_url(port), autocommit=True) as admin:
         admin.execute(f"create database {name}")
     url = database_url(port, database=name)
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("grant usage on schema public to service_role")
+        connection.execute(SUPABASE_GRANTS)
     return url
 
 

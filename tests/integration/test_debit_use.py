@@ -193,14 +193,20 @@ def test_the_function_gives_up_before_its_client_does(service_role: psycopg.Conn
         "select proconfig from pg_proc where oid = 'public.debit_use'::regproc"
     ).fetchone()
     assert row is not None
-    assert {'search_path=""', "lock_timeout=2s", "statement_timeout=4s"} == set(row[0])
+    assert set(row[0]) == {
+        "search_path=pg_catalog, pg_temp",
+        "lock_timeout=2s",
+        "statement_timeout=4s",
+    }
 
 
 CALLS = [
     "select public.debit_use(1001, null)",
     "select public.find_payment(1001, 'key')",
     "select public.audit_ledger()",
+    "select public.check_ledger()",
     "select ledger.debit(1001, null, null, null)",
+    "select ledger.append(1001, 'credit', 1000)",
     "select ledger.find_outcome(1001, 'key')",
     *(
         statement

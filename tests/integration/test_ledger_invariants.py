@@ -1,6 +1,5 @@
 """What the ledger holds by itself, whoever writes: chains, balances, and that nothing goes away."""
 
-import threading
 from collections.abc import Iterator
 from uuid import UUID
 
@@ -37,14 +36,6 @@ def entries(database: Database, user_id: int) -> list[Entry]:
 def top_up(connection: psycopg.Connection, user_id: int, amount: int) -> None:
     connection.execute(
         'update public."Users" set balance = balance + %s where card_id = %s', (amount, user_id)
-    )
-
-
-def insert_entries(connection: psycopg.Connection, *rows: tuple[int, int]) -> None:
-    values = ", ".join(f"({user_id}, {amount}, 77, 1)" for user_id, amount in rows)
-    connection.execute(
-        'insert into public."Transaction_History" (user_id, amount_delta, balance_after, seq) '
-        f"overriding system value values {values}"
     )
 
 
@@ -87,30 +78,87 @@ def test_one_statement_over_many_users_gets_an_entry_for_each(
     ]
 
 
-def test_an_entry_inserted_by_hand_joins_the_chain_and_moves_the_balance(
+def insert_entry(connection: psycopg.Connection, user_id: int, **columns: object) -> None:
+    names, values = ["user_id", *columns], [user_id, *columns.values()]
+    connection.execute(
+        f'insert into public."Transaction_History" ({", ".join(names)}) '
+        f"values ({', '.join(['%s'] * len(values))})",
+        values,
+    )
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {},
+        {"seq": 1, "balance_after": 1010},
+        {"seq": 3, "balance_after": 1010},
+        {"seq": 2, "balance_after": 1000},
+        {"seq": 2, "balance_after": 10},
+        {"seq": 2, "balance_after": 1010, "created_at": "2000-01-01Z"},
+    ],
+)
+def test_an_entry_that_does_not_continue_the_last_one_is_rejected(
+    database: Database, columns: dict[str, object]
+) -> None:
+    user_id = database.add_user(1000)
+    with pytest.raises(psycopg.errors.CheckViolation, match=r"call public\.debit_use") as raised:
+        insert_entry(database.connection, user_id, amount_delta=10, kind="credit", **columns)
+    assert raised.value.diag.constraint_name == "transaction_history_continues_last_entry"
+    assert entries(database, user_id) == [("opening", 1000, 1000)]
+
+
+def test_service_role_may_not_insert_entries_or_declines(
     service_role: psycopg.Connection, database: Database
 ) -> None:
-    user_id, other = database.add_user(1000), database.add_user(0)
-    insert_entries(service_role, (user_id, 10), (other, 5), (user_id, -20))
-    assert entries(database, user_id)[1:] == [("adjustment", 10, 1010), ("adjustment", -20, 990)]
-    assert entries(database, other) == [("adjustment", 5, 5)]
-    assert (database.balance(user_id), database.balance(other)) == (990, 5)
+    user_id = database.add_user(1000)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        insert_entry(
+            service_role, user_id, amount_delta=10, kind="credit", seq=2, balance_after=1010
+        )
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        service_role.execute(
+            "insert into ledger.declines (user_id, idempotency_key, outcome) "
+            "values (%s, 'key', 'insufficient_funds')",
+            (user_id,),
+        )
 
 
-def test_an_entry_by_hand_waits_for_a_debit_and_is_numbered_after_it(
+def test_the_clock_never_goes_back_within_a_user(
     service_role: psycopg.Connection, database: Database, migrated_port: int
 ) -> None:
+    """A debit that began first and waited is written after the other, with a later time."""
     user_id, item_id = database.add_user(1000), database.add_item(350)
-    with psycopg.connect(database_url(migrated_port)) as slow:
-        debit(slow, user_id, item_id)
-        by_hand = threading.Thread(target=insert_entries, args=(service_role, (user_id, 10)))
-        by_hand.start()
-        while not database.connection.execute(
-            "select from pg_stat_activity where wait_event_type = 'Lock'"
-        ).fetchall():
-            pass
-    by_hand.join()
-    assert entries(database, user_id)[1:] == [("debit", -350, 650), ("adjustment", 10, 660)]
+    with psycopg.connect(database_url(migrated_port)) as early:
+        early.execute("select now()")
+        top_up(service_role, user_id, 500)
+        debit(early, user_id, item_id)
+    times = database.connection.execute(
+        'select created_at from public."Transaction_History" where user_id = %s order by seq',
+        (user_id,),
+    ).fetchall()
+    assert times == sorted(times)
+
+
+def test_a_balance_that_differs_from_the_last_entry_is_never_overwritten(
+    service_role: psycopg.Connection, database: Database
+) -> None:
+    user_id, item_id = database.add_user(900), database.add_item(100)
+    database.connection.execute('alter table public."Users" disable trigger explain_balance')
+    top_up(database.connection, user_id, 500)
+    database.connection.execute('alter table public."Users" enable trigger explain_balance')
+
+    for _ in range(2):
+        with pytest.raises(psycopg.errors.CheckViolation) as raised:
+            debit(service_role, user_id, item_id)
+        assert raised.value.diag.constraint_name == "users_balance_is_last_entry"
+    assert database.balance(user_id) == 1400
+    assert database.audit() == [(user_id, "the balance is not that of the last entry")]
+
+    top_up(service_role, user_id, -500)
+    assert entries(database, user_id) == [("opening", 900, 900)]
+    debit(service_role, user_id, item_id)
+    assert database.balance(user_id) == 800
 
 
 def test_no_write_takes_a_balance_below_zero(
@@ -120,8 +168,6 @@ def test_no_write_takes_a_balance_below_zero(
     with pytest.raises(psycopg.errors.CheckViolation) as raised:
         top_up(service_role, user_id, -101)
     assert raised.value.diag.constraint_name == "users_balance_not_negative"
-    with pytest.raises(psycopg.errors.CheckViolation):
-        insert_entries(service_role, (user_id, -101))
     with pytest.raises(psycopg.errors.CheckViolation):
         database.add_user(-1)
     assert database.balance(user_id) == 100
@@ -177,44 +223,46 @@ def test_a_user_with_entries_can_not_be_deleted(database: Database) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "values", "constraint"),
+    ("columns", "constraint"),
     [
-        ("kind, amount_delta", "'gift', 5", "transaction_history_kind_known"),
-        ("kind, amount_delta", "'debit', -5", "transaction_history_debit_takes_for_an_item"),
-        ("idempotency_key, amount_delta", "'', 5", "transaction_history_idempotency_key_length"),
+        ({"kind": "gift"}, "transaction_history_kind_known"),
+        ({"kind": "debit"}, "transaction_history_debit_takes_for_an_item"),
+        ({"kind": "credit", "idempotency_key": ""}, "transaction_history_idempotency_key_length"),
     ],
 )
 def test_an_entry_that_makes_no_sense_is_refused_by_name(
-    service_role: psycopg.Connection,
-    database: Database,
-    columns: str,
-    values: str,
-    constraint: str,
+    database: Database, columns: dict[str, object], constraint: str
 ) -> None:
     user_id = database.add_user(100)
     with pytest.raises(psycopg.errors.CheckViolation) as raised:
-        service_role.execute(
-            f'insert into public."Transaction_History" (user_id, {columns}) '
-            f"values ({user_id}, {values})"
+        insert_entry(
+            database.connection, user_id, amount_delta=-5, seq=2, balance_after=95, **columns
         )
     assert raised.value.diag.constraint_name == constraint
 
 
-def test_a_key_has_at_most_one_entry(service_role: psycopg.Connection, database: Database) -> None:
+def test_an_unknown_outcome_is_not_stored(database: Database) -> None:
+    with pytest.raises(psycopg.errors.CheckViolation, match="declines_outcome_known"):
+        database.connection.execute(
+            "insert into ledger.declines (user_id, idempotency_key, outcome) "
+            "values (%s, 'key', 'debited')",
+            (database.add_user(100),),
+        )
+
+
+def test_a_key_has_at_most_one_entry(database: Database) -> None:
     user_id = database.add_user(100)
-    insert = (
-        'insert into public."Transaction_History" (user_id, amount_delta, idempotency_key) '
-        f"values ({user_id}, 5, 'key')"
-    )
-    service_role.execute(insert)
+    append = "select ledger.append(%s, 'credit', 5, null, 'key')"
+    database.connection.execute(append, (user_id,))
     with pytest.raises(psycopg.errors.UniqueViolation):
-        service_role.execute(insert)
+        database.connection.execute(append, (user_id,))
 
 
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
         ("set amount_delta = amount_delta + 1", "an entry does not follow from the one before it"),
+        ("set seq = seq + 1", "an entry does not follow from the one before it"),
         ("set balance_after = 1", "the balance is not that of the last entry"),
     ],
 )

@@ -140,7 +140,7 @@ def test_calls_to_the_dependencies_are_counted_by_outcome(
     service.get("/payments/outcome", params=query)
     samples = read(service)
     name = "payment_dependency_call_duration_seconds_count"
-    assert samples[name, "ledger", "debit_use", "ok"] >= 2  # one of them when it got ready
+    assert samples[name, "ledger", "debit_use", "ok"] >= 1
     assert samples[name, "ledger", "find_payment", "ok"] == 1
     assert samples[name, "products", "get_item", "ok"] == 1
     assert samples[name, "products", "get_item", "item_not_found"] == 1

@@ -6,13 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 from database import Database
 
 RUNBOOK = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
-USER, KEY = 710_001, "the-key"
+USER, NEW_CARD, KEY = 710_001, 710_002, "the-key"
 STATEMENTS = [
-    statement.replace("1001", str(USER))  # the runbook's user may be there, with entries
+    statement.replace("1001", str(USER)).replace(
+        "2002", str(NEW_CARD)
+    )  # the runbook's user may be there, with entries
     for statement in re.findall(r"^ *```sql\n(.*?)^ *```", RUNBOOK, re.DOTALL | re.MULTILINE)
 ]
 LAST_ENTRIES = "kind, amount_delta, balance_after, item"
@@ -91,7 +94,7 @@ def test_the_missing_entry_is_found(ledger: Database) -> None:
 def test_a_balance_that_is_right_is_explained(ledger: Database) -> None:
     tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
     assert faults(ledger) == ["the balance is not that of the last entry"]
-    run(ledger, "balance - coalesce")
+    run(ledger, "right_balance")
     assert ledger.balance(USER) == 790
     assert faults(ledger) == []
 
@@ -100,22 +103,52 @@ def test_a_balance_without_any_entry_is_explained(ledger: Database) -> None:
     delete = f'delete from public."Transaction_History" where user_id = {USER}'
     tamper(ledger, "Transaction_History", delete)
     assert faults(ledger) == ["the balance is not that of the last entry"]
-    run(ledger, "balance - coalesce")
+    run(ledger, "right_balance")
     assert ledger.balance(USER) == 300
     assert faults(ledger) == []
 
 
-def test_a_wrong_balance_is_kept_from_the_next_debit(ledger: Database) -> None:
+def test_a_wrong_balance_is_not_overwritten_and_set_to_that_of_the_entries(
+    ledger: Database,
+) -> None:
     tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
-    run(ledger, "active = false")
-    assert debit(ledger, USER, ledger.add_item(50), "next") == "user_inactive"
+    with (
+        pytest.raises(psycopg.errors.CheckViolation, match="not that of the last entry"),
+        ledger.connection.transaction(),
+    ):
+        debit(ledger, USER, ledger.add_item(50), "next")
     assert run(ledger, "balance_of_entries") == [{"balance": 790, "balance_of_entries": 300}]
     assert faults(ledger) == ["the balance is not that of the last entry"]
 
-
-def test_a_wrong_balance_is_covered_up_by_the_next_debit(ledger: Database) -> None:
-    tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
+    run(ledger, 'update public."Users"\n  set balance = coalesce(\n    (')
+    assert ledger.balance(USER) == 300
+    assert [entry["kind"] for entry in run(ledger, LAST_ENTRIES)] == ["debit", "debit", "opening"]
     assert debit(ledger, USER, ledger.add_item(50), "next") == "debited"
+    assert faults(ledger) == []
+
+
+def test_an_erased_user_has_no_name_and_the_entries_stay(ledger: Database) -> None:
+    run(ledger, "set name = ''")
+    row = ledger.connection.execute(
+        'select name, active from public."Users" where card_id = %s', (USER,)
+    ).fetchone()
+    assert row == ("", False)
+    assert len(run(ledger, LAST_ENTRIES)) == 3
+    assert faults(ledger) == []
+
+
+def test_a_lost_card_is_replaced_with_a_payout_and_a_credit_once(ledger: Database) -> None:
+    for _ in range(2):
+        run(ledger, "old_card constant")
+        assert (ledger.balance(USER), ledger.balance(NEW_CARD)) == (0, 300)
+    assert run(ledger, LAST_ENTRIES)[0]["kind"] == "payout"
+    kinds = ledger.connection.execute(
+        'select kind, amount_delta from public."Transaction_History" where user_id = %s',
+        (NEW_CARD,),
+    ).fetchall()
+    assert kinds == [("credit", 300)]
+    assert debit(ledger, USER, ledger.add_item(0), "old") == "user_inactive"
+    assert debit(ledger, NEW_CARD, ledger.add_item(50), "new") == "debited"
     assert faults(ledger) == []
 
 

@@ -36,6 +36,14 @@ BY_TIME, NEXT_YEAR, LATE_YEAR, CHECK_BEFORE, DROP_CHECK = range(5)
 
 Start = Callable[..., httpx.Client]
 
+BALANCES_OF_ENTRIES = """
+update public."Users" set balance = (
+  select balance_after from public."Transaction_History"
+  where user_id = card_id order by seq desc limit 1
+)
+where exists (select from public."Transaction_History" where user_id = card_id)
+"""
+
 
 def statements(heading: str, number: int = 0) -> str:
     """One of the pieces of SQL under a heading of the document, counted from 0."""
@@ -96,10 +104,13 @@ class Ledger:
     def enter(self, created_at: str) -> None:
         """Write an entry of another time."""
         self.owner.execute(
-            'insert into public."Transaction_History" (user_id, amount_delta, created_at) '
-            "values (%s, 1, %s)",
-            (USER, created_at),
+            'insert into public."Transaction_History" '
+            "(user_id, seq, kind, amount_delta, balance_after, created_at) "
+            "select user_id, seq + 1, 'credit', 1, balance_after + 1, %s "
+            'from public."Transaction_History" where user_id = %s order by seq desc limit 1',
+            (created_at, USER),
         )
+        self.owner.execute(BALANCES_OF_ENTRIES)
 
     def entries(self, table: str) -> int:
         row = self.owner.execute(f"select count(*) from {table}").fetchone()
@@ -162,11 +173,7 @@ def test_a_key_can_not_be_written_twice_in_a_partitioned_ledger(
     ledger.debit("once")
     ledger.owner.execute(statements(heading))
     with pytest.raises(errors.UniqueViolation):
-        ledger.owner.execute(
-            'insert into public."Transaction_History" (user_id, amount_delta, idempotency_key, '
-            "created_at) values (%s, 5, 'once', now() + '2 years')",
-            (USER,),
-        )
+        ledger.owner.execute("select ledger.append(%s, 'credit', 5, null, 'once')", (USER,))
 
 
 @both_ways
@@ -296,7 +303,8 @@ MOVED = (
     ('public."Users"', "card_id, name, active", ""),
     (
         'public."Transaction_History"',
-        "id, user_id, item, amount_delta, created_at, kind, idempotency_key, expected_price",
+        "id, user_id, seq, item, amount_delta, balance_after, created_at, kind, idempotency_key, "
+        "expected_price",
         "order by seq",
     ),
     (
@@ -318,6 +326,7 @@ def test_users_move_to_another_database_with_their_keys_and_declines(
                 read = b"".join(rows)
             with target.cursor().copy(f"copy {table} ({columns}) from stdin") as copied:
                 copied.write(read)
+        target.execute(BALANCES_OF_ENTRIES)
 
         database = Database(target)
         for user_id in (USER, OTHER_USER, POOR_USER):

@@ -22,7 +22,6 @@ STATE = [
     "where connamespace in ('public'::regnamespace, 'ledger'::regnamespace) order by 1, 2",
     "select indexdef from pg_indexes where schemaname in ('public', 'ledger') order by 1",
     "select tgname, pg_get_triggerdef(oid) from pg_trigger where not tgisinternal order by 1, 2",
-    'select last_value, is_called from public."Transaction_History_seq_seq"',
 ]
 
 

@@ -1,0 +1,291 @@
+-- The history becomes a ledger: each entry says what it did to the balance, and in which order.
+-- Columns, the entries of an older database and the triggers come in one transaction, so that no
+-- entry and no balance is ever written without the triggers. The triggers hold for every writer:
+--
+--   an entry continues the user's last one: seq is one higher, balance_after is higher by
+--   amount_delta, created_at is not earlier;
+--   a balance that changes without an entry gets one: opening for a new user, else adjustment;
+--   no write makes a balance negative; an old negative balance may only rise;
+--   entries and stored declines are never changed or removed.
+
+begin;
+
+set local lock_timeout = '10s';
+lock table public."Users", public."Transaction_History" in access exclusive mode;
+
+drop trigger if exists verify_entry on public."Transaction_History";
+drop trigger if exists refuse_change on public."Transaction_History";
+drop trigger if exists refuse_truncate on public."Transaction_History";
+
+-- Version 0.1 numbered the entries of all users with one sequence, and its triggers chained them.
+do $$
+begin
+  if exists (
+    select from pg_trigger
+    where tgrelid = 'public."Transaction_History"'::regclass and tgname = 'chain_entry'
+  ) then
+    drop trigger chain_entry on public."Transaction_History";
+    drop trigger apply_entry on public."Transaction_History";
+    alter table public."Transaction_History" alter column seq drop identity if exists;
+    drop index public.transaction_history_user_id_seq_idx;
+    update public."Transaction_History" as entry
+    set seq = numbered.seq
+    from (
+      select id, row_number() over (partition by user_id order by seq) as seq
+      from public."Transaction_History"
+    ) as numbered
+    where entry.id = numbered.id;
+    drop function ledger.chain_entry();
+    drop function ledger.apply_entry();
+    -- Its debit_use writes entries that the triggers now reject. Until the next migration replaces
+    -- it, callers are told to try again.
+    execute $function$
+      create or replace function ledger.debit(bigint, uuid, text, bigint) returns jsonb
+      language plpgsql
+      as 'begin
+        raise exception ''the ledger is being upgraded'' using errcode = ''lock_not_available'';
+      end'
+    $function$;
+  end if;
+end
+$$;
+
+-- A row without an amount says what was bought and not for how much: it counts as zero.
+alter table public."Transaction_History"
+add column if not exists amount_delta bigint default 0,
+add column if not exists seq bigint,
+add column if not exists kind text,
+add column if not exists balance_after bigint,
+add column if not exists idempotency_key text,
+add column if not exists expected_price bigint,
+alter column item drop not null,
+alter column id set default gen_random_uuid(),
+alter column created_at set default now();
+
+do $$
+begin
+  -- Only the first time, when no entry has its number yet: a balance that differs from the entries
+  -- later is an error, which the audit reports.
+  if exists (
+    select from pg_attribute
+    where attrelid = 'public."Transaction_History"'::regclass and attname = 'seq' and attnotnull
+  ) then
+    return;
+  end if;
+
+  update public."Transaction_History" set amount_delta = 0 where amount_delta is null;
+
+  -- An opening entry carries what the rows leave unexplained of a balance.
+  insert into public."Transaction_History" (user_id, amount_delta, kind, created_at)
+  select
+    users.card_id,
+    users.balance - coalesce(sum(entry.amount_delta), 0),
+    'opening',
+    coalesce(min(entry.created_at), now())
+  from public."Users" as users
+  left join public."Transaction_History" as entry on users.card_id = entry.user_id
+  group by users.card_id, users.balance
+  having users.balance <> coalesce(sum(entry.amount_delta), 0);
+
+  update public."Transaction_History" as entry
+  set
+    seq = numbered.seq,
+    balance_after = numbered.balance_after,
+    kind = case
+      when entry.kind = 'opening' then 'opening'
+      when entry.amount_delta <= 0 and entry.item is not null then 'debit'
+      else 'adjustment'
+    end
+  from (
+    select
+      id,
+      row_number() over user_entries as seq,
+      sum(amount_delta) over user_entries as balance_after
+    from public."Transaction_History"
+    window user_entries as (
+      partition by user_id
+      order by coalesce(kind = 'opening', false) desc, created_at, id
+    )
+  ) as numbered
+  where entry.id = numbered.id;
+end
+$$;
+
+alter table public."Transaction_History"
+alter column id set not null,
+alter column user_id set not null,
+alter column amount_delta set not null,
+alter column amount_delta drop default,
+alter column created_at set not null,
+alter column seq set not null,
+alter column kind set not null,
+alter column kind drop default,
+alter column balance_after set not null;
+
+alter table public."Transaction_History"
+drop constraint if exists transaction_history_kind_known;
+alter table public."Transaction_History"
+add constraint transaction_history_kind_known
+check (kind in ('opening', 'debit', 'refund', 'credit', 'payout', 'reversal', 'adjustment'));
+
+alter table public."Transaction_History"
+drop constraint if exists transaction_history_debit_takes_for_an_item;
+alter table public."Transaction_History"
+add constraint transaction_history_debit_takes_for_an_item
+check (kind <> 'debit' or (amount_delta <= 0 and item is not null));
+
+alter table public."Transaction_History"
+drop constraint if exists transaction_history_idempotency_key_length;
+alter table public."Transaction_History"
+add constraint transaction_history_idempotency_key_length
+check (char_length(idempotency_key) between 1 and 255);
+
+do $$
+begin
+  if not exists (
+    select from pg_constraint
+    where conrelid = 'public."Transaction_History"'::regclass
+      and confrelid = 'public."Users"'::regclass
+  ) then
+    alter table public."Transaction_History"
+    add constraint transaction_history_user_id_fkey
+    foreign key (user_id) references public."Users" (card_id);
+  end if;
+  if not exists (
+    select from pg_constraint
+    where conrelid = 'public."Transaction_History"'::regclass
+      and confrelid = 'public."Items"'::regclass
+  ) then
+    alter table public."Transaction_History"
+    add constraint transaction_history_item_fkey foreign key (item) references public."Items" (id);
+  end if;
+end
+$$;
+
+create unique index if not exists transaction_history_user_id_seq_idx
+on public."Transaction_History" (user_id, seq);
+
+create unique index if not exists transaction_history_user_id_idempotency_key_idx
+on public."Transaction_History" (user_id, idempotency_key)
+where idempotency_key is not null;
+
+create or replace function ledger.verify_entry() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  last_entry public."Transaction_History"%rowtype;
+begin
+  select * into last_entry from public."Transaction_History"
+  where user_id = new.user_id
+  order by seq desc
+  limit 1;
+  if new.seq is distinct from coalesce(last_entry.seq, 0) + 1
+    or new.balance_after is distinct from coalesce(last_entry.balance_after, 0) + new.amount_delta
+    or new.created_at < last_entry.created_at then
+    raise exception using
+      errcode = 'check_violation',
+      message = 'entries of "Transaction_History" are written by functions only: call '
+      'public.debit_use to charge a user; to top up, update "Users".balance, which writes the entry',
+      schema = tg_table_schema,
+      table = tg_table_name,
+      constraint = 'transaction_history_continues_last_entry';
+  end if;
+  return new;
+end
+$$;
+
+-- A balance that the last entry does not explain was written by somebody else: it gets an entry.
+create or replace function ledger.explain_balance() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  last_entry public."Transaction_History"%rowtype;
+  entry_kind text := 'adjustment';
+begin
+  if new.balance < 0 and (tg_op = 'INSERT' or new.balance < old.balance) then
+    raise exception 'the balance of user % would fall below zero', new.card_id
+    using
+      errcode = 'check_violation',
+      schema = 'public',
+      table = 'Users',
+      constraint = 'users_balance_not_negative';
+  end if;
+
+  select * into last_entry from public."Transaction_History"
+  where user_id = new.card_id
+  order by seq desc
+  limit 1;
+  if new.balance = coalesce(last_entry.balance_after, 0) then
+    return null;
+  end if;
+  if tg_op = 'INSERT' then
+    entry_kind := 'opening';
+  end if;
+  insert into public."Transaction_History" (
+    user_id, seq, kind, amount_delta, balance_after, created_at
+  ) values (
+    new.card_id,
+    coalesce(last_entry.seq, 0) + 1,
+    entry_kind,
+    new.balance - coalesce(last_entry.balance_after, 0),
+    new.balance,
+    greatest(clock_timestamp(), last_entry.created_at)
+  );
+  return null;
+end
+$$;
+
+create or replace function ledger.refuse_change() returns trigger
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $$
+begin
+  raise exception 'entries of % are never changed or removed; write another entry', tg_table_name
+  using
+    errcode = 'restrict_violation',
+    schema = tg_table_schema,
+    table = tg_table_name,
+    constraint = 'ledger_is_append_only';
+end
+$$;
+
+create trigger verify_entry
+before insert on public."Transaction_History"
+for each row execute function ledger.verify_entry();
+
+create or replace trigger explain_first_balance
+after insert on public."Users"
+for each row when (new.balance <> 0) execute function ledger.explain_balance();
+
+create or replace trigger explain_balance
+after update on public."Users"
+for each row when (old.balance <> new.balance) execute function ledger.explain_balance();
+
+create trigger refuse_change
+before update or delete on public."Transaction_History"
+for each statement execute function ledger.refuse_change();
+
+create trigger refuse_truncate
+before truncate on public."Transaction_History"
+for each statement execute function ledger.refuse_change();
+
+create or replace trigger refuse_change
+before update or delete on ledger.declines
+for each statement execute function ledger.refuse_change();
+
+create or replace trigger refuse_truncate
+before truncate on ledger.declines
+for each statement execute function ledger.refuse_change();
+
+alter table public."Transaction_History" enable row level security;
+
+revoke all on public."Transaction_History" from public, anon, authenticated, service_role;
+grant select on public."Transaction_History" to service_role;
+
+revoke all on function
+ledger.verify_entry(), ledger.explain_balance(), ledger.refuse_change()
+from public, anon, authenticated, service_role;
+
+commit;

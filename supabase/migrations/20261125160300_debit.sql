@@ -1,0 +1,499 @@
+-- Charging a user for an item. The service calls debit_use, debit_use_batch, find_payment and
+-- check_ledger, nothing else.
+--
+-- Outcomes, in the order of checking:
+--   user_not_found          no such user; not stored
+--   (an earlier outcome)    the key was used before for the same item and expected price
+--   idempotency_key_reused  the key was used before for something else
+--   user_inactive           the user is deactivated
+--   item_not_found          no such item
+--   item_inactive           the item is not for sale
+--   price_changed           the caller expected another price; carries "price"
+--   insufficient_funds      the balance is lower than the price
+--   debited                 the entry and the new balance are written
+-- and of debit_use_batch alone:
+--   busy                    another transaction holds the user's row; nothing was done
+--
+-- Declines are returned, not raised: an exception would roll back the stored decline.
+-- Exceptions are for failures: a balance that differs from the user's last entry (after a restore,
+-- or a write past the triggers) raises check_violation, and the debit overwrites nothing.
+
+begin;
+
+-- An older debit_use would make the call ambiguous to PostgREST.
+do $$
+declare
+  older record;
+begin
+  for older in
+    select oid::regprocedure as name, prokind from pg_proc
+    where pronamespace = 'public'::regnamespace
+      and proname in ('debit_use', 'debit_use_batch', 'find_payment')
+      and pg_get_function_identity_arguments(oid) not in (
+        'user_id_input bigint, item_input uuid, idempotency_key_input text, '
+        'expected_price_input bigint',
+        'debits jsonb',
+        'user_id_input bigint, idempotency_key_input text'
+      )
+  loop
+    execute format('drop routine %s', older.name);
+  end loop;
+end
+$$;
+
+-- The only insert of the functions: an entry, and the balance that follows from it. The caller
+-- holds the user's row.
+create or replace function ledger.append(
+  user_id_input bigint,
+  kind_input text,
+  amount_delta_input bigint,
+  item_input uuid default null,
+  idempotency_key_input text default null,
+  expected_price_input bigint default null
+) returns jsonb
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  balance_before bigint;
+  last_entry public."Transaction_History"%rowtype;
+  entry public."Transaction_History"%rowtype;
+begin
+  select balance into balance_before from public."Users" where card_id = user_id_input;
+  select * into last_entry from public."Transaction_History"
+  where user_id = user_id_input
+  order by seq desc
+  limit 1;
+  if balance_before <> coalesce(last_entry.balance_after, 0) then
+    raise exception using
+      errcode = 'check_violation',
+      message = format('the balance of user %s is not that of the last entry', user_id_input),
+      hint = 'select * from audit_ledger(); see "Reading the audit" in docs/operations.md',
+      schema = 'public',
+      table = 'Users',
+      constraint = 'users_balance_is_last_entry';
+  end if;
+
+  insert into public."Transaction_History" (
+    user_id, seq, kind, item, amount_delta, balance_after, created_at, idempotency_key,
+    expected_price
+  ) values (
+    user_id_input,
+    coalesce(last_entry.seq, 0) + 1,
+    kind_input,
+    item_input,
+    amount_delta_input,
+    balance_before + amount_delta_input,
+    greatest(clock_timestamp(), last_entry.created_at),
+    idempotency_key_input,
+    expected_price_input
+  )
+  returning * into entry;
+  update public."Users" set balance = entry.balance_after where card_id = user_id_input;
+  return jsonb_build_object(
+    'transaction_id', entry.id,
+    'user_id', entry.user_id,
+    'amount', -entry.amount_delta,
+    'new_balance', entry.balance_after,
+    'created_at', entry.created_at
+  );
+end
+$$;
+
+create or replace function ledger.find_outcome(
+  user_id_input bigint, idempotency_key_input text
+) returns jsonb
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  select jsonb_build_object(
+    'outcome', 'debited',
+    'transaction_id', entry.id,
+    'user_id', entry.user_id,
+    'item_id', entry.item,
+    'expected_price', entry.expected_price,
+    'amount', -entry.amount_delta,
+    'new_balance', entry.balance_after,
+    'created_at', entry.created_at,
+    'replayed', true
+  )
+  from public."Transaction_History" as entry
+  where entry.user_id = user_id_input and entry.idempotency_key = idempotency_key_input
+  union all
+  select jsonb_strip_nulls(jsonb_build_object('price', decline.price)) || jsonb_build_object(
+    'outcome', decline.outcome,
+    'item_id', decline.item_id,
+    'expected_price', decline.expected_price,
+    'replayed', true
+  )
+  from ledger.declines as decline
+  where decline.user_id = user_id_input and decline.idempotency_key = idempotency_key_input
+$$;
+
+create or replace function ledger.debit(
+  user_id_input bigint,
+  item_input uuid,
+  idempotency_key_input text,
+  expected_price_input bigint
+) returns jsonb
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  buyer public."Users"%rowtype;
+  wanted public."Items"%rowtype;
+  earlier jsonb;
+  refusal text;
+  answer jsonb := jsonb_build_object(
+    'item_id', item_input, 'expected_price', expected_price_input, 'replayed', false
+  );
+begin
+  -- Debits of one user wait for each other here; buyers of one item never do.
+  select * into buyer from public."Users" where card_id = user_id_input for no key update;
+  if not found then
+    return answer || jsonb_build_object('outcome', 'user_not_found');
+  end if;
+
+  earlier := ledger.find_outcome(user_id_input, idempotency_key_input);
+  if earlier -> 'item_id' = answer -> 'item_id'
+    and earlier -> 'expected_price' = answer -> 'expected_price' then
+    return earlier;
+  elsif earlier is not null then
+    return answer || jsonb_build_object('outcome', 'idempotency_key_reused');
+  end if;
+
+  -- A comparison with null is not true: where no item was found, the second line catches it.
+  select * into wanted from public."Items" where id = item_input;
+  refusal := case
+    when not buyer.active then 'user_inactive'
+    when wanted.id is null then 'item_not_found'
+    when not wanted.active then 'item_inactive'
+    when wanted.price <> expected_price_input then 'price_changed'
+    when wanted.price > buyer.balance then 'insufficient_funds'
+  end;
+
+  if refusal is not null then
+    if refusal = 'price_changed' then
+      answer := answer || jsonb_build_object('price', wanted.price);
+    end if;
+    if idempotency_key_input is not null then
+      insert into ledger.declines (
+        user_id, idempotency_key, outcome, item_id, expected_price, price
+      ) values (
+        user_id_input, idempotency_key_input, refusal, item_input, expected_price_input,
+        (answer ->> 'price')::bigint
+      );
+    end if;
+    return answer || jsonb_build_object('outcome', refusal);
+  end if;
+
+  return answer || jsonb_build_object('outcome', 'debited') || ledger.append(
+    user_id_input, 'debit', -wanted.price, item_input, idempotency_key_input, expected_price_input
+  );
+end
+$$;
+
+create or replace function public.debit_use(
+  user_id_input bigint,
+  item_input uuid,
+  idempotency_key_input text default null,
+  expected_price_input bigint default null
+) returns jsonb
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '2s'
+set statement_timeout = '4s'
+as $$
+  select ledger.debit(user_id_input, item_input, idempotency_key_input, expected_price_input)
+$$;
+
+create or replace function public.debit_use_batch(debits jsonb) returns jsonb
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '2s'
+set statement_timeout = '4s'
+as $$
+declare
+  locked bigint[];
+  debit record;
+  outcomes jsonb[] := '{}';
+begin
+  -- In the order of their ids, so that no two batches wait for each other. A row that another
+  -- transaction holds is skipped, so that one locked user does not delay the others.
+  select array_agg(users.card_id) into locked from (
+    select card_id from public."Users"
+    where card_id in (
+      select (request ->> 'user_id')::bigint from jsonb_array_elements(debits) as request
+    )
+    order by card_id
+    for no key update skip locked
+  ) as users;
+
+  for debit in
+    select request.* from rows from (
+      jsonb_to_recordset(debits) as (
+        user_id bigint, item_id uuid, idempotency_key text, expected_price bigint
+      )
+    ) with ordinality as request (user_id, item_id, idempotency_key, expected_price, place)
+    order by request.place
+  loop
+    if debit.user_id = any(locked)
+      or not exists (select from public."Users" where card_id = debit.user_id) then
+      outcomes := outcomes || ledger.debit(
+        debit.user_id, debit.item_id, debit.idempotency_key, debit.expected_price
+      );
+    else
+      outcomes := outcomes || jsonb_build_object(
+        'outcome', 'busy',
+        'item_id', debit.item_id,
+        'expected_price', debit.expected_price,
+        'replayed', false
+      );
+    end if;
+  end loop;
+  return to_jsonb(outcomes);
+end
+$$;
+
+create or replace function public.find_payment(
+  user_id_input bigint, idempotency_key_input text
+) returns jsonb
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '2s'
+set statement_timeout = '4s'
+as $$
+  select ledger.find_outcome(user_id_input, idempotency_key_input)
+$$;
+
+-- What the service asks before it takes debits: whether everything that a debit reads and writes is
+-- as the functions expect it. Raises what is wrong.
+create or replace function public.check_ledger() returns jsonb
+language plpgsql stable security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '2s'
+set statement_timeout = '4s'
+as $$
+declare
+  faults text;
+begin
+  select string_agg(fault, '; ' order by fault) into faults from (
+    select format('column %s of %s should be %s', wanted.column_name, wanted.table_name, wanted.type)
+      as fault
+    from (values
+      ('public."Users"', 'card_id', 'bigint'),
+      ('public."Users"', 'balance', 'bigint'),
+      ('public."Users"', 'active', 'boolean'),
+      ('public."Items"', 'id', 'uuid'),
+      ('public."Items"', 'price', 'bigint'),
+      ('public."Items"', 'active', 'boolean'),
+      ('public."Transaction_History"', 'id', 'uuid'),
+      ('public."Transaction_History"', 'user_id', 'bigint'),
+      ('public."Transaction_History"', 'item', 'uuid'),
+      ('public."Transaction_History"', 'amount_delta', 'bigint'),
+      ('public."Transaction_History"', 'created_at', 'timestamp with time zone'),
+      ('public."Transaction_History"', 'seq', 'bigint'),
+      ('public."Transaction_History"', 'kind', 'text'),
+      ('public."Transaction_History"', 'balance_after', 'bigint'),
+      ('public."Transaction_History"', 'idempotency_key', 'text'),
+      ('public."Transaction_History"', 'expected_price', 'bigint'),
+      ('ledger.declines', 'user_id', 'bigint'),
+      ('ledger.declines', 'idempotency_key', 'text'),
+      ('ledger.declines', 'outcome', 'text'),
+      ('ledger.declines', 'item_id', 'uuid'),
+      ('ledger.declines', 'expected_price', 'bigint'),
+      ('ledger.declines', 'price', 'bigint')
+    ) as wanted (table_name, column_name, type)
+    left join pg_attribute as attribute
+      on attribute.attrelid = to_regclass(wanted.table_name)
+      and attribute.attname = wanted.column_name and not attribute.attisdropped
+    where format_type(attribute.atttypid, null) is distinct from wanted.type
+    union all
+    select format(
+      'column %s of %s must not be null, and a debit does not fill it', attname, attrelid::regclass
+    )
+    from pg_attribute
+    where attrelid in (
+        to_regclass('public."Transaction_History"'), to_regclass('ledger.declines')
+      )
+      and attnum > 0 and not attisdropped and attnotnull and not atthasdef and attidentity = ''
+      and attname not in (
+        'id', 'user_id', 'item', 'amount_delta', 'created_at', 'seq', 'kind', 'balance_after',
+        'idempotency_key', 'outcome'
+      )
+    union all
+    select format('trigger %s of %s is missing or disabled', wanted.name, wanted.table_name)
+    from (values
+      ('public."Users"', 'explain_balance'),
+      ('public."Users"', 'explain_first_balance'),
+      ('public."Transaction_History"', 'verify_entry'),
+      ('public."Transaction_History"', 'refuse_change'),
+      ('ledger.declines', 'refuse_change')
+    ) as wanted (table_name, name)
+    where not exists (
+      select from pg_trigger
+      where tgrelid = to_regclass(wanted.table_name) and tgname = wanted.name and tgenabled = 'O'
+    )
+  ) as found;
+  if faults is not null then
+    raise exception using
+      errcode = 'object_not_in_prerequisite_state',
+      message = faults,
+      hint = 'Apply the migrations again.';
+  end if;
+  return jsonb_build_object('outcome', 'ready');
+end
+$$;
+
+-- Objects of others that reach the tables of the ledger past its rules: triggers, and views and
+-- functions that anon or authenticated may use. The first migration stops at them, with the same
+-- query.
+create or replace function ledger.find_foreign_access() returns table (fault text, fix text)
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+as $$
+  with recursive tables (oid, name) as (
+    select class.oid, class.relname::text from pg_class as class
+    where class.relnamespace = 'public'::regnamespace
+      and class.relname in ('Users', 'Items', 'Transaction_History')
+  ),
+
+  views (oid) as (
+    select tables.oid from tables
+    union
+    select rule.ev_class from views
+    inner join pg_depend as depend
+      on depend.refclassid = 'pg_class'::regclass and depend.refobjid = views.oid
+    inner join pg_rewrite as rule
+      on depend.classid = 'pg_rewrite'::regclass and depend.objid = rule.oid
+  )
+
+  select
+    format('Trigger %I on %I could write to the tables of the ledger.', tgname, tables.name)
+      as fault,
+    format('drop trigger %I on public.%I;', tgname, tables.name) as fix
+  from pg_trigger
+  inner join tables on pg_trigger.tgrelid = tables.oid
+  inner join pg_proc as function on pg_trigger.tgfoid = function.oid
+  where not pg_trigger.tgisinternal and pg_trigger.tgenabled <> 'D'
+    and function.pronamespace not in (
+      select oid from pg_namespace where nspname in ('ledger', 'supabase_functions')
+    )
+    and not exists (
+      select from pg_depend as depend
+      where depend.classid = 'pg_proc'::regclass and depend.objid = function.oid
+        and depend.deptype = 'e'
+    )
+  union all
+  select
+    format('%s can use view %s, which reads the tables of the ledger.', role, class.oid::regclass),
+    format('revoke all on %s from public, anon, authenticated;', class.oid::regclass)
+  from views
+  inner join pg_class as class on views.oid = class.oid and class.relkind in ('v', 'm')
+  cross join unnest(array['anon', 'authenticated']) as role
+  where to_regrole(role) is not null
+    and not coalesce(class.reloptions, '{}') && array['security_invoker=true', 'security_invoker=on']
+    and (
+      has_table_privilege(role::name, class.oid, 'select, insert, update, delete')
+      or has_any_column_privilege(role::name, class.oid, 'select, insert, update')
+    )
+  union all
+  select
+    format(
+      '%s can call function %s, which runs with the rights of its owner and names the tables of '
+      'the ledger.', role, function.oid::regprocedure
+    ),
+    format(
+      'revoke execute on function %s from public, anon, authenticated;',
+      function.oid::regprocedure
+    )
+  from pg_proc as function
+  cross join unnest(array['anon', 'authenticated']) as role
+  where function.prosecdef and to_regrole(role) is not null
+    and function.prokind in ('f', 'p', 'w')
+    and function.prorettype <> 'trigger'::regtype
+    and coalesce(pg_get_function_sqlbody(function.oid), function.prosrc)
+    ~ '"Users"|"Items"|"Transaction_History"|debit_use'
+    and has_function_privilege(role::name, function.oid, 'execute')
+$$;
+
+create or replace function public.audit_ledger() returns table (user_id bigint, fault text)
+language sql stable security definer
+set search_path = pg_catalog, pg_temp
+set statement_timeout = '10min'
+as $$
+  with chain as not materialized (
+    select
+      entry.user_id,
+      entry.seq,
+      entry.created_at,
+      entry.balance_after,
+      entry.balance_after - entry.amount_delta as balance_before,
+      lag(entry.seq, 1, 0::bigint) over user_entries as seq_previous,
+      lag(entry.created_at) over user_entries as created_at_previous,
+      lag(entry.balance_after, 1, 0::bigint) over user_entries as balance_after_previous,
+      lead(entry.seq) over user_entries is null as is_last
+    from public."Transaction_History" as entry
+    window user_entries as (partition by entry.user_id order by entry.seq)
+  )
+
+  select chain.user_id, 'an entry does not follow from the one before it' as fault
+  from chain
+  group by chain.user_id
+  having bool_or(
+    chain.balance_before <> chain.balance_after_previous
+    or chain.seq <> chain.seq_previous + 1
+    or chain.created_at < chain.created_at_previous
+  )
+  union all
+  select users.card_id, 'the balance is not that of the last entry'
+  from public."Users" as users
+  left join chain on users.card_id = chain.user_id and chain.is_last
+  where users.balance <> coalesce(chain.balance_after, 0)
+  union all
+  select null, found.fault || ' Fix: ' || found.fix from ledger.find_foreign_access() as found
+$$;
+
+comment on function ledger.append is
+'Write an entry and the balance that follows from it; returns what a debit tells of it.';
+comment on function ledger.debit is
+'The rules of a debit, in one place. Waits for the user''s row.';
+comment on function ledger.find_outcome is
+'The outcome stored for a key of a user, with "replayed" true, or null.';
+comment on function ledger.find_foreign_access is
+'Triggers, views and functions of others that reach the tables of the ledger past its rules.';
+comment on function public.debit_use is
+'Charge a user for an item at its present price, in one transaction; returns the outcome.';
+comment on function public.debit_use_batch is
+'Debits by the rules of debit_use, in one transaction; the outcomes are in the order given.';
+comment on function public.find_payment is
+'The outcome stored for a key of a user, or null; reads only.';
+comment on function public.check_ledger is
+'Raises what keeps debits from working: a column, a trigger; reads only.';
+comment on function public.audit_ledger is
+'Users whose entries or balance do not add up, and, with a null user, objects of others that reach '
+'past the rules; no rows if all is well.';
+
+revoke all on function
+ledger.append(bigint, text, bigint, uuid, text, bigint),
+ledger.find_outcome(bigint, text),
+ledger.debit(bigint, uuid, text, bigint),
+ledger.find_foreign_access(),
+public.debit_use(bigint, uuid, text, bigint),
+public.debit_use_batch(jsonb),
+public.find_payment(bigint, text),
+public.check_ledger(),
+public.audit_ledger()
+from public, anon, authenticated, service_role;
+
+grant execute on function
+public.debit_use(bigint, uuid, text, bigint),
+public.debit_use_batch(jsonb),
+public.find_payment(bigint, text),
+public.check_ledger(),
+public.audit_ledger()
+to service_role;
+
+commit;
+
+notify pgrst, 'reload schema';
