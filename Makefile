@@ -19,7 +19,7 @@ run: $(INSTALLED) ## Start the service and all it needs on this machine; Ctrl-C 
 	@$(BIN)/python -m devstack $(ARGS)
 
 test: $(INSTALLED) ## Run all tests with the coverage of app
-	$(BIN)/python -m pytest tests/ --cov=app --cov-report=html --cov-report=term-missing
+	$(BIN)/python -m pytest tests/ --cov=app --cov-report=html --cov-report=term
 
 torture: $(INSTALLED) ## Ten minutes of load with faults; ARGS="--minutes 1 --seed 7"
 	@PYTHONPATH=.:tests $(BIN)/python tests/torture.py $(ARGS)
