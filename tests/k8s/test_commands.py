@@ -179,6 +179,15 @@ def test_the_secret_holds_what_is_in_env_whatever_was_there_before(
     assert read_secret(api) == {"SUPABASE_KEY": '"new"'}
 
 
+def test_the_example_of_env_can_be_made_into_the_secret(
+    api: ApiServer, run: Run, tmp_path: Path
+) -> None:
+    shutil.copy(ROOT / ".env.example", tmp_path / ".env")
+    succeed(run(MAKE_SECRET))
+    names = re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    assert sorted(read_secret(api)) == sorted(names)
+
+
 def test_a_missing_env_leaves_the_secret(api: ApiServer, run: Run, tmp_path: Path) -> None:
     succeed(run(MAKE_SECRET))
     (tmp_path / ".env").unlink()
