@@ -63,6 +63,32 @@ def test_the_build_sees_only_what_it_needs() -> None:
     assert rules == ["*", "!app", "!requirements.lock", "**/__pycache__"]
 
 
+def test_the_readme_shows_the_published_commands_first() -> None:
+    section = (ROOT / "README.md").read_text().partition("## Docker\n")[2]
+    first_block = section.split("```sh\n")[1].split("```")[0]
+    assert first_block.splitlines() == [
+        "docker build -t payment_service .",
+        "docker run -p 8002:8002 --env-file .env payment_service",
+    ]
+
+
+def test_the_example_of_env_has_only_lines_that_docker_and_kubectl_read() -> None:
+    for line in (ROOT / ".env.example").read_text().splitlines():
+        assert re.fullmatch(r"#.*|[A-Z_]+=\S+", line), line
+
+
+def test_the_instructions_are_those_that_a_builder_without_buildkit_knows() -> None:
+    assert not (ROOT / "Dockerfile").read_text().startswith("# syntax")
+    for name, rest in instructions():
+        assert "<<" not in rest  # a here-document
+        options = re.findall(r"^--(\w+)", rest)
+        assert options == [] or (name, *options) in {("COPY", "from"), ("HEALTHCHECK", "interval")}
+
+
+def test_no_instruction_depends_on_line_ends_of_the_checkout() -> None:
+    assert "* text=auto eol=lf" in (ROOT / ".gitattributes").read_text().splitlines()
+
+
 def test_the_final_stage_takes_what_was_built_and_installs_nothing() -> None:
     copied = [rest for name, rest in final_stage() if name == "COPY"]
     assert copied == ["--from=build /venv /venv", "--from=build /service /service"]

@@ -18,7 +18,7 @@ from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 READ_BY_KUBECTL = {".json", ".yaml", ".yml"}
-FILES = sorted(path for path in (ROOT / "k8s").iterdir() if path.suffix in READ_BY_KUBECTL)
+MANIFEST = ROOT / "k8s" / "deployment.yaml"
 NAMESPACE = "payment-service-dev"
 KUBERNETES_VERSIONS = ["1.29", "1.35"]
 # Supabase's keys, JSON web tokens, private keys, passwords in addresses, long random words.
@@ -27,48 +27,67 @@ NO_KEY = re.compile(r"sha256:[0-9a-f]{64}|path: /\S+|\bpayment_[a-z_]+\b")
 LIKE_A_KEY = re.compile(r"sb_secret_|sbp_|eyJ|PRIVATE KEY|://[^/\s]*@|[A-Za-z0-9+/_=]{40}")
 
 
-def load(path: Path) -> dict[str, Any]:
-    (document,) = yaml.safe_load_all(path.read_text())  # one object a file
-    assert isinstance(document, dict)
-    return document
-
-
-OBJECTS = {document["kind"]: document for document in map(load, FILES)}
+DOCUMENTS: list[dict[str, Any]] = list(yaml.safe_load_all(MANIFEST.read_text()))
+KINDS = [document["kind"] for document in DOCUMENTS]
+OBJECTS = dict(zip(KINDS, DOCUMENTS, strict=True))
 CONTAINER = OBJECTS["Deployment"]["spec"]["template"]["spec"]["containers"][0]
 POD = OBJECTS["Deployment"]["spec"]["template"]["spec"]
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_every_manifest_fits_the_schema(path: Path, version: str) -> None:
-    kubernetes_validate.validate(load(path), version, strict=True)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_object_fits_the_schema(kind: str, version: str) -> None:
+    kubernetes_validate.validate(OBJECTS[kind], version, strict=True)
 
 
-def test_there_is_one_object_of_each_kind() -> None:
-    kinds = {"Namespace", "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Service"}
-    kinds |= {"NetworkPolicy", "PodDisruptionBudget"}
-    assert set(OBJECTS) == kinds
-    assert len(FILES) == len(kinds)
+def test_one_file_has_one_object_of_each_kind_and_no_other_file_is_applied() -> None:
+    kinds = ["Namespace", "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "Service"]
+    assert [*kinds, "NetworkPolicy", "PodDisruptionBudget"] == KINDS
+    applied = [path for path in (ROOT / "k8s").iterdir() if path.suffix in READ_BY_KUBECTL]
+    assert applied == [MANIFEST]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_every_file_is_named_after_its_kind(path: Path) -> None:
-    kind = load(path)["kind"].lower()
-    assert re.sub(r"^\d+-", "", path.stem) == kind.replace("horizontalpodautoscaler", "hpa")
+def find_ports(part: object) -> list[dict[str, Any]]:
+    """Return the elements of every list named ports, at any depth."""
+    if isinstance(part, list):
+        return [port for one in part for port in find_ports(one)]
+    if not isinstance(part, dict):
+        return []
+    below = [port for one in part.values() for port in find_ports(one)]
+    return [*part.get("ports", ()), *below]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_every_object_is_found_by_the_recommended_labels(path: Path) -> None:
-    labels = load(path)["metadata"]["labels"]
+@pytest.mark.parametrize("path", sorted((ROOT / "k8s").rglob("*.yaml")), ids=str)
+def test_every_port_names_its_protocol(path: Path) -> None:
+    for document in yaml.safe_load_all(path.read_text()):
+        for port in find_ports(document):
+            # The API server adds TCP, and an atomic list with it differs from the one without.
+            assert port.get("protocol") in ("TCP", "UDP"), port
+
+
+def test_the_ports_of_every_object_are_found() -> None:
+    counts = {kind: len(find_ports(document)) for kind, document in OBJECTS.items()}
+    assert {kind for kind, count in counts.items() if count} == {
+        "Deployment",
+        "Service",
+        "NetworkPolicy",
+    }
+    assert counts["NetworkPolicy"] == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_object_is_found_by_the_recommended_labels(kind: str) -> None:
+    labels = OBJECTS[kind]["metadata"]["labels"]
     assert labels["app.kubernetes.io/name"] == "payment-service"
     assert labels["app.kubernetes.io/instance"] == NAMESPACE
 
 
 def test_the_namespace_is_applied_before_what_lives_in_it() -> None:
-    assert load(FILES[0])["kind"] == "Namespace"
-    assert load(FILES[0])["metadata"]["name"] == NAMESPACE
-    for path in FILES[1:]:
-        assert load(path)["metadata"]["namespace"] == NAMESPACE
+    namespace, *others = DOCUMENTS
+    assert namespace["kind"] == "Namespace"
+    assert namespace["metadata"]["name"] == NAMESPACE
+    for document in others:
+        assert document["metadata"]["namespace"] == NAMESPACE
 
 
 def test_the_names_are_those_of_the_readme() -> None:
@@ -132,9 +151,9 @@ def test_the_service_finds_the_pods_on_the_port_of_the_image() -> None:
     (port,) = CONTAINER["ports"]
     assert service["selector"] == OBJECTS["Deployment"]["spec"]["selector"]["matchLabels"]
     assert service["selector"].items() <= labels.items()
-    assert service["ports"] == [
-        {"name": "http", "port": port["containerPort"], "targetPort": port["name"]}
-    ]
+    (served,) = service["ports"]
+    assert served["name"] == served["targetPort"] == port["name"] == "http"
+    assert served["port"] == port["containerPort"]
     dockerfile = (ROOT / "Dockerfile").read_text()
     assert f"\nEXPOSE {port['containerPort']}\n" in dockerfile
     assert f'"--port", "{port["containerPort"]}"' in dockerfile
@@ -220,8 +239,10 @@ def test_no_secret_is_in_the_folder_and_those_below_it() -> None:
 
 
 def test_a_rolling_update_never_has_fewer_pods_than_before() -> None:
-    rolling = OBJECTS["Deployment"]["spec"]["strategy"]["rollingUpdate"]
-    assert rolling == {"maxUnavailable": 0, "maxSurge": 1}  # with 0 and 0 the API refuses it
+    assert OBJECTS["Deployment"]["spec"]["strategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxUnavailable": 0, "maxSurge": 1},  # with 0 and 0 the API refuses it
+    }
 
 
 def test_a_pod_that_falls_over_when_it_is_ready_stops_the_rollout() -> None:
@@ -255,7 +276,7 @@ def test_only_labelled_namespaces_and_prometheus_reach_the_pods() -> None:
     assert policy["podSelector"] == OBJECTS["Deployment"]["spec"]["selector"]
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     (rule,) = policy["ingress"]
-    assert rule["ports"] == [{"port": "http"}]
+    assert rule["ports"] == [{"port": "http", "protocol": "TCP"}]
     assert [peer["namespaceSelector"]["matchLabels"] for peer in rule["from"]] == [
         {"payments-caller": "true"},
         {"kubernetes.io/metadata.name": "monitoring"},

@@ -25,6 +25,10 @@ RULES = yaml.safe_load((MONITORING / "prometheusrule.yaml").read_text())
 ALERTS = {rule["alert"]: rule for group in RULES["spec"]["groups"] for rule in group["rules"]}
 DASHBOARD = json.loads((MONITORING / "grafana" / "dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+DEVELOPMENT = {
+    document["kind"]: document
+    for document in yaml.safe_load_all((ROOT / "k8s" / "deployment.yaml").read_text())
+}
 RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
 
 QUERIES = [
@@ -195,7 +199,7 @@ def test_the_runbook_explains_every_problem() -> None:
 
 def test_prometheus_finds_the_service() -> None:
     monitor = yaml.safe_load((MONITORING / "servicemonitor.yaml").read_text())["spec"]
-    service = yaml.safe_load((ROOT / "k8s" / "service.yaml").read_text())
+    service = DEVELOPMENT["Service"]
     assert monitor["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
     assert service["metadata"]["namespace"] in monitor["namespaceSelector"]["matchNames"]
     overlay = (ROOT / "k8s" / "overlays" / "production" / "kustomization.yaml").read_text()
@@ -210,7 +214,7 @@ def test_prometheus_finds_the_service() -> None:
 
 
 def test_the_operator_finds_both_where_the_network_policy_lets_prometheus_in() -> None:
-    policy = yaml.safe_load((ROOT / "k8s" / "networkpolicy.yaml").read_text())["spec"]
+    policy = DEVELOPMENT["NetworkPolicy"]["spec"]
     let_in = [peer["namespaceSelector"]["matchLabels"] for peer in policy["ingress"][0]["from"]]
     for name in ("servicemonitor", "prometheusrule"):
         found = yaml.safe_load((MONITORING / f"{name}.yaml").read_text())["metadata"]["namespace"]
@@ -219,7 +223,7 @@ def test_the_operator_finds_both_where_the_network_policy_lets_prometheus_in() -
 
 def test_queries_take_the_services_of_all_namespaces_for_the_job() -> None:
     # Without a jobLabel the operator calls the job as the Service.
-    names = [yaml.safe_load((ROOT / "k8s" / "service.yaml").read_text())["metadata"]["name"]]
+    names = [DEVELOPMENT["Service"]["metadata"]["name"]]
     overlay = ROOT / "k8s" / "overlays" / "production" / "name.yaml"
     names += [patch["value"] for patch in yaml.safe_load(overlay.read_text())]
     assert len(names) == 2

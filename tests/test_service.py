@@ -1,0 +1,142 @@
+"""Start here: each response of README's error table once, from the real service over HTTP.
+
+Postgres, the gateway, the products service and the payment service are real (tests/conftest.py).
+A broken dependency is a real server that responds wrongly, or an address where nothing listens.
+"""
+
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from database import Database, locked
+from issuer import Issuer, ask, make_token, start
+from servers import RawServer, http_answer, make_settings, served
+
+from app.main import PaymentService
+from devstack.keys import ANON_KEY
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+TABLE = {code: int(status) for code, status in re.findall(r"(?m)^\| `(\w+)` \| (\d{3}) \|", README)}
+UNKNOWN_ITEM = "00000000-0000-4000-8000-000000000000"
+
+Response = httpx.Response
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The running service, what starts another one, and a user with 5000 and a coffee at 350."""
+
+    service: httpx.Client
+    start: Callable[..., httpx.Client]
+    database: Database
+    issuer: Issuer
+    port: int
+    user_id: int
+    item_id: str
+
+    def debit(
+        self, service: httpx.Client | None = None, key: str | None = None, **changes: Any
+    ) -> Response:
+        body = {"user_id": self.user_id, "item_id": self.item_id, **changes}
+        headers = {"Idempotency-Key": key} if key else {}
+        return (service or self.service).post("/payments/debit", json=body, headers=headers)
+
+
+@pytest.fixture
+def parts(
+    service: httpx.Client,
+    start_service: Callable[..., httpx.Client],
+    database: Database,
+    issuer: Issuer,
+    migrated_port: int,
+) -> Parts:
+    user_id, item_id = database.add_user(balance=5000), str(database.add_item(price=350))
+    return Parts(service, start_service, database, issuer, migrated_port, user_id, item_id)
+
+
+def reuse_a_key(parts: Parts) -> Response:
+    assert parts.debit(key="monday").status_code == 200
+    return parts.debit(key="monday", item_id=str(parts.database.add_item()))
+
+
+def fetch_keys_of_an_issuer_that_is_down(parts: Parts) -> Response:
+    parts.issuer.is_up = False
+    return ask(start(parts.start, parts.issuer), make_token())
+
+
+def debit_while_another_waits(parts: Parts) -> Response:
+    service = parts.start(debits_waiting_max=1)
+    with ThreadPoolExecutor(1) as pool:
+        with locked(parts.port, parts.user_id):
+            first = pool.submit(parts.debit, service)
+            while "payment_debits_waiting 1.0" not in service.get("/metrics").text:
+                pass
+            second = parts.debit(service)
+        assert first.result().status_code == 200
+    return second
+
+
+def lose_the_response_of_the_ledger(parts: Parts) -> Response:
+    with RawServer(http_answer("502 Bad Gateway", b"<html>", "text/html")) as gateway:
+        return parts.debit(parts.start(supabase_url=gateway.url, request_timeout_seconds=1))
+
+
+def run_into_a_bug(parts: Parts) -> Response:
+    del parts
+    service = PaymentService(make_settings())
+    service.add_api_route("/bug", lambda: 1 // 0)
+    with served(service) as url:
+        return httpx.get(f"{url}/bug")
+
+
+NOWHERE = "http://127.0.0.1:1"
+CASES: dict[str, Callable[[Parts], Response]] = {
+    "invalid_request": lambda p: p.debit(user_id="Alice"),
+    "request_too_large": lambda p: p.debit(note="x" * 17_000),
+    "unauthenticated": lambda p: ask(start(p.start, p.issuer), None),
+    "forbidden": lambda p: ask(start(p.start, p.issuer), make_token(realm_access=None)),
+    "authentication_unavailable": fetch_keys_of_an_issuer_that_is_down,
+    "user_not_found": lambda p: p.debit(user_id=999_999),
+    "idempotency_key_reused": reuse_a_key,
+    "user_inactive": lambda p: p.debit(user_id=p.database.add_user(active=False)),
+    "item_not_found": lambda p: p.debit(item_id=UNKNOWN_ITEM),
+    "item_inactive": lambda p: p.debit(item_id=str(p.database.add_item(active=False))),
+    "price_changed": lambda p: p.debit(expected_price=300),
+    "insufficient_funds": lambda p: p.debit(user_id=p.database.add_user(balance=349)),
+    "products_unavailable": lambda p: p.debit(p.start(products_service_url=NOWHERE)),
+    "ledger_unavailable": lambda p: p.debit(p.start(supabase_url=NOWHERE)),
+    "overloaded": debit_while_another_waits,
+    "outcome_unknown": lose_the_response_of_the_ledger,
+    "ledger_rejected": lambda p: p.debit(p.start(supabase_service_role_key=ANON_KEY)),
+    "internal_error": run_into_a_bug,
+    "payment_not_found": lambda p: ask(p.service, None),
+    "not_found": lambda p: p.service.get("/payment/debit"),
+    "method_not_allowed": lambda p: p.service.get("/payments/debit"),
+}
+
+
+def test_a_debit_takes_the_price_from_the_balance(parts: Parts) -> None:
+    response = parts.debit()
+    assert response.status_code == 200
+    assert (response.json()["amount"], response.json()["new_balance"]) == (350, 4650)
+
+
+@pytest.mark.parametrize(("code", "cause"), CASES.items(), ids=CASES)
+def test_a_problem_has_the_code_and_status_of_the_readme(
+    parts: Parts, code: str, cause: Callable[[Parts], Response]
+) -> None:
+    response = cause(parts)
+    assert (response.json()["code"], response.status_code) == (code, TABLE[code])
+    assert response.headers["content-type"] == "application/problem+json"
+    assert ("retry-after" in response.headers) == (response.status_code == 503)
+
+
+def test_every_code_of_the_readme_has_a_case() -> None:
+    missing, unknown = TABLE.keys() - CASES.keys(), CASES.keys() - TABLE.keys()
+    assert not missing, f"Add a case to CASES for these codes of README's table: {missing}"
+    assert not unknown, f"README's table has no row for these codes: {unknown}"
