@@ -9,11 +9,11 @@ CHECKOV := .venv-checkov/installed
 IMAGE := .venv-image/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test torture bench audit lint types check manifests policies
+.PHONY: help run test torture bench audit check-database lint types check manifests policies
 .PHONY: lock vulnerabilities sbom licences clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 run: $(INSTALLED) ## Start the service and all it needs on this machine; Ctrl-C stops it
 	@$(BIN)/python -m devstack $(ARGS)
@@ -29,6 +29,10 @@ bench: $(INSTALLED) ## Measure the service beside its peers with wrk; ARGS="--se
 
 audit: $(INSTALLED) ## See whether a ledger adds up; DATABASE_URL names another than the dev stack's
 	@$(BIN)/python -m devstack.audit $(if $(DATABASE_URL),'$(DATABASE_URL)')
+
+check-database: export DATABASE_URL := $(DATABASE_URL)
+check-database: $(INSTALLED) ## See what keeps a database from being migrated: DATABASE_URL=postgresql://...
+	@$(BIN)/python -m devstack.check_database
 
 lint: $(INSTALLED) ## Check style, of Python and SQL
 	$(BIN)/ruff check .

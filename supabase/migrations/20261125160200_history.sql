@@ -40,7 +40,12 @@ begin
     -- Its debit_use writes entries that the triggers now reject. Until the next migration replaces
     -- it, callers are told to try again.
     execute $function$
-      create or replace function ledger.debit(bigint, uuid, text, bigint) returns jsonb
+      create or replace function ledger.debit(
+        user_id_input bigint,
+        item_input uuid,
+        idempotency_key_input text,
+        expected_price_input bigint
+      ) returns jsonb
       language plpgsql
       as 'begin
         raise exception ''the ledger is being upgraded'' using errcode = ''lock_not_available'';

@@ -1,6 +1,9 @@
 """A hand-made database is migrated correctly, or the migration stops and says what to do."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from uuid import uuid4
 
@@ -434,3 +437,41 @@ def test_the_check_and_the_audit_look_for_the_same_objects() -> None:
     query = re.search(r"with recursive tables .*? 'execute'\) (?=\$\$)", debit)
     assert query is not None
     assert query[0] in check
+
+
+def check_database(url: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "devstack.check_database"],
+        env=os.environ | {"DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+
+
+def test_make_check_database_reports_every_obstacle_at_once_and_changes_nothing(
+    postgres_port: int,
+) -> None:
+    kronor, numbers = STOPPED["prices in kronor"], STOPPED["active as a number"]
+    url = make_database(postgres_port, kronor[0] + numbers[0])
+    with psycopg.connect(url, autocommit=True) as connection:
+        before = state(connection)
+        stopped = check_database(url)
+        assert stopped.returncode == 1
+        assert "2 obstacles" in stopped.stderr
+        assert "Column price of" in stopped.stderr
+        assert "Column active of" in stopped.stderr
+        assert state(connection) == before
+        connection.execute(fixes(stopped.stderr).encode())
+    passed = check_database(url)
+    assert (passed.returncode, passed.stderr) == (0, "")
+    assert "No obstacles" in passed.stdout
+
+
+@pytest.mark.parametrize("url", ["", "postgresql://postgres:secret@127.0.0.1:1/postgres"])
+def test_make_check_database_says_why_it_cannot_check(url: str) -> None:
+    ended = check_database(url)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "secret" not in ended.stderr

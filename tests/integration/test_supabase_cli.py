@@ -1,16 +1,21 @@
 """The real Supabase CLI takes the folder supabase/ and finds nothing to say about the result."""
 
 import json
+import re
+import shutil
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import psycopg
 import pytest
-from database import Database
+from database import Database, create_database
 from programs import find_program, unavailable
 
 from devstack.postgres import SUPABASE_DIRECTORY, database_url
 
+VERSION_0_1 = Path(__file__).parents[1] / "data" / "version-0.1"
+DATABASE_DOCUMENT = SUPABASE_DIRECTORY.parent / "docs" / "database.md"
 CLI = "supabase@3.1.0"  # an npm package
 CLI_TIMEOUT_SECONDS = 180  # the first call downloads it
 
@@ -24,7 +29,7 @@ def cli() -> Cli:
 
     def run(*arguments: str) -> str:
         ended = subprocess.run(
-            [npx, "--yes", CLI, *arguments, "--workdir", str(SUPABASE_DIRECTORY.parent)],
+            [npx, "--yes", CLI, "--workdir", str(SUPABASE_DIRECTORY.parent), *arguments],
             capture_output=True,
             text=True,
             check=False,
@@ -85,3 +90,21 @@ def test_the_advisors_only_note_what_is_meant(
     )
     notes = {note["name"] for note in json.loads(found)["results"]}
     assert notes <= {"rls_enabled_no_policy", "unindexed_foreign_keys", "unused_index"}
+
+
+def test_a_project_of_version_0_1_is_upgraded_as_the_documentation_says(
+    cli: Cli, postgres_port: int, tmp_path: Path
+) -> None:
+    url = create_database(postgres_port, "pushed_0_1")
+    shutil.copytree(VERSION_0_1, tmp_path / "supabase" / "migrations")
+    shutil.copy(SUPABASE_DIRECTORY / "config.toml", tmp_path / "supabase")
+    old_files = ("--workdir", str(tmp_path))
+    cli("db", "push", f"--remote={url}", "--yes", *old_files)
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute('insert into public."Users" (card_id, balance) values (1001, 5000)')
+    repair, _ = re.findall(r"^npx supabase (.*)$", DATABASE_DOCUMENT.read_text(), re.MULTILINE)
+    cli(*repair.split(), f"--remote={url}", "--yes")
+    cli("db", "push", "--include-seed", f"--remote={url}", "--yes")
+    with psycopg.connect(url) as connection:
+        assert connection.execute("select * from public.audit_ledger()").fetchall() == []
+        assert connection.execute("select public.check_ledger()").fetchone() is not None

@@ -1,8 +1,10 @@
 """Databases that were set up by hand are brought to the contract without losing anything."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import psycopg
 import pytest
@@ -121,3 +123,94 @@ def test_make_audit_prints_what_it_found(old_url: str) -> None:
     assert "Traceback" not in before.stderr
     assert "The ledger adds up" in clean.stdout
     assert "user 1001: the balance is not that of the last entry" in wrong.stdout
+
+
+VERSION_0_1 = sorted((Path(__file__).parents[1] / "data" / "version-0.1").glob("*.sql"))
+COFFEE = "550e8400-e29b-41d4-a716-446655440000"
+DEBIT = "select public.debit_use(%s, %s, %s)"
+
+
+@pytest.fixture
+def version_0_1_url(postgres_port: int) -> str:
+    """A database of version 0.1 with entries of several users in turn, and declines."""
+    url = create_database(postgres_port, f"version_0_1_{uuid4().hex}")
+    with psycopg.connect(url, autocommit=True) as connection:
+        for migration in VERSION_0_1:
+            connection.execute(migration.read_bytes())
+        connection.execute(
+            "insert into public.\"Users\" (card_id, name, balance) values (1, 'A', 1000), "
+            f"(2, 'B', 1000); insert into public.\"Items\" (id, price) values ('{COFFEE}', 350)"
+        )
+        for number in range(4):
+            for user_id in (1, 2):
+                connection.execute(DEBIT, (user_id, COFFEE, f"key-{number}"))
+            connection.execute('update public."Users" set balance = balance + 10 where card_id = 2')
+    return url
+
+
+def test_a_database_of_version_0_1_keeps_balances_entries_and_outcomes(
+    version_0_1_url: str,
+) -> None:
+    entries = (
+        "select user_id, id, kind, amount_delta, balance_after, created_at, idempotency_key "
+        'from public."Transaction_History" order by user_id, seq'
+    )
+    with psycopg.connect(version_0_1_url, autocommit=True) as connection:
+        before = connection.execute(entries).fetchall()
+        outcomes = [
+            connection.execute(
+                "select public.find_payment(%s, %s)", (user_id, f"key-{number}")
+            ).fetchall()
+            for number in range(4)
+            for user_id in (1, 2)
+        ]
+        apply_migrations(version_0_1_url)
+        assert connection.execute(entries).fetchall() == before
+        after = [
+            connection.execute(DEBIT, (user_id, COFFEE, f"key-{number}")).fetchall()
+            for number in range(4)
+            for user_id in (1, 2)
+        ]
+        assert after == outcomes
+        positions = connection.execute(
+            'select user_id, array_agg(seq order by seq) from public."Transaction_History" '
+            "group by user_id"
+        ).fetchall()
+        assert all(seqs == list(range(1, len(seqs) + 1)) for _, seqs in positions)
+        connection.execute('update public."Users" set balance = balance + 350 where card_id = 1')
+        new = connection.execute(DEBIT, (1, COFFEE, "new")).fetchone()
+        assert new is not None
+        assert new[0]["outcome"] == "debited"
+        assert connection.execute("select * from public.audit_ledger()").fetchall() == []
+        once = state(connection)
+        apply_migrations(version_0_1_url)
+        assert state(connection) == once
+
+
+def test_old_csv_files_are_imported_before_the_migrations(postgres_port: int) -> None:
+    document = (Path(__file__).parents[2] / "docs" / "database.md").read_text()
+    (tables,) = re.findall(r"```sql\n(.*?)```", document, re.DOTALL)
+    url = create_database(postgres_port, f"csv_{uuid4().hex}")
+    files = {
+        '"Users" (card_id, name, balance)': "7002,U,4650\n7003,V,0\n",
+        '"Items" (id, name, price)': f"{COFFEE},Coffee,350\n",
+        '"Transaction_History" (user_id, item, amount_delta, created_at)': (
+            f"7002,{COFFEE},-350,2025-11-20 08:15:00+01\n7003,{COFFEE},,2025-11-20 08:16:00+01\n"
+        ),
+    }
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(tables)
+        for table, rows in files.items():
+            with connection.cursor().copy(f"copy public.{table} from stdin csv") as copy:
+                copy.write(rows)
+        apply_migrations(url)
+        entries = connection.execute(
+            "select user_id, kind, amount_delta, balance_after "
+            'from public."Transaction_History" order by user_id, seq'
+        ).fetchall()
+        assert entries == [
+            (7002, "opening", 5000, 5000),
+            (7002, "debit", -350, 4650),
+            (7003, "debit", 0, 0),
+        ]
+        assert connection.execute("select * from public.audit_ledger()").fetchall() == []

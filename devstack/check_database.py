@@ -1,0 +1,38 @@
+"""Report what keeps a database from being migrated; nothing is changed.
+
+The environment variable DATABASE_URL names the database. The exit status is 1 if there is an
+obstacle, or if the database could not be checked.
+"""
+
+import argparse
+import os
+import sys
+
+import psycopg
+
+from devstack.postgres import SUPABASE_DIRECTORY
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="make check-database DATABASE_URL=...", description=__doc__
+    ).parse_args()
+    # Not an argument: every user of the machine can read those, and the address holds a password.
+    url = os.environ.get("DATABASE_URL")
+    if not url:
+        sys.exit("Name the database: make check-database DATABASE_URL=postgresql://...")
+    (check,) = (SUPABASE_DIRECTORY / "migrations").glob("*_check.sql")
+    try:
+        with psycopg.connect(url, connect_timeout=5) as connection:
+            connection.read_only = True
+            connection.execute(check.read_bytes())
+            connection.rollback()
+    except psycopg.errors.ObjectNotInPrerequisiteState as stopped:
+        sys.exit(stopped.diag.message_primary)
+    except psycopg.Error as error:
+        sys.exit(f"The database could not be checked: {str(error).strip()}")
+    print("No obstacles: the migrations can be applied.")
+
+
+if __name__ == "__main__":
+    main()
