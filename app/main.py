@@ -126,7 +126,7 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
         ledger_client = await stack.enter_async_context(_http_client(CALL_TIMEOUT_SECONDS))
         supabase = AsyncClient(
             settings.supabase_url,
-            settings.supabase_service_role_key.get_secret_value(),
+            settings.supabase_key.get_secret_value(),
             AsyncClientOptions(
                 httpx_client=ledger_client, auto_refresh_token=False, persist_session=False
             ),

@@ -62,7 +62,7 @@ class Readiness:
 def _what_to_do(error: PaymentError) -> str:
     if isinstance(error, LedgerRejected):
         return (
-            "Check that SUPABASE_SERVICE_ROLE_KEY is the service_role key of SUPABASE_URL "
+            "Check that SUPABASE_KEY is the service_role key of SUPABASE_URL "
             "and that the migrations are applied."
         )
-    return "Check SUPABASE_URL, SUPABASE_SERVICE_ROLE_KEY, and that the database is up."
+    return "Check SUPABASE_URL, SUPABASE_KEY, and that the database is up."

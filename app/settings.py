@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     Field,
     SecretStr,
     StringConstraints,
@@ -73,8 +74,9 @@ class Settings(BaseSettings):
     )
 
     supabase_url: ServiceAddress = Field(description="Address of the Supabase project.")
-    supabase_service_role_key: Annotated[SecretStr, AfterValidator(_header_value)] = Field(
-        description="Its key for the role service_role; keep it secret."
+    supabase_key: Annotated[SecretStr, AfterValidator(_header_value)] = Field(
+        validation_alias=AliasChoices("supabase_key", "supabase_service_role_key"),
+        description="Its key for the role service_role; keep it secret.",
     )
     products_service_url: ServiceAddress = Field(description="Address of the products service.")
     products_cache_seconds: float = Field(

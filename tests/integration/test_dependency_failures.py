@@ -192,10 +192,10 @@ def test_a_key_without_the_right_role_is_refused_and_never_ready(
     start_service: Start, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
-    service = start_service(supabase_service_role_key=ANON_KEY)
+    service = start_service(supabase_key=ANON_KEY)
     assert debit(service, user_id, item_id) == LEDGER_REJECTED
     assert service.get("/ready").status_code == 503
-    assert "SUPABASE_SERVICE_ROLE_KEY" in caplog.text
+    assert "SUPABASE_KEY" in caplog.text
     assert ANON_KEY not in caplog.text
     assert database.debits(user_id) == []
 

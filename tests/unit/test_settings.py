@@ -14,7 +14,7 @@ from app.settings import Settings, SettingsError, load_settings
 ROOT = Path(__file__).parent.parent.parent
 RIGHT = {
     "SUPABASE_URL": "https://abc.supabase.co/",
-    "SUPABASE_SERVICE_ROLE_KEY": "secret-key",
+    "SUPABASE_KEY": "secret-key",
     "PRODUCTS_SERVICE_URL": "http://products:8001",
 }
 
@@ -31,7 +31,7 @@ def _right_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_the_environment_is_read() -> None:
     settings = load_settings()
     assert settings.supabase_url == "https://abc.supabase.co"
-    assert settings.supabase_service_role_key.get_secret_value() == "secret-key"
+    assert settings.supabase_key.get_secret_value() == "secret-key"
     assert settings.products_service_url == "http://products:8001"
     assert settings.log_level == "INFO"
 
@@ -40,6 +40,14 @@ def test_a_file_named_dotenv_is_read_too(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.delenv("SUPABASE_URL")
     (tmp_path / ".env").write_text("SUPABASE_URL=https://from-file.supabase.co\n")
     assert load_settings().supabase_url == "https://from-file.supabase.co"
+
+
+def test_the_key_may_have_the_name_that_supabase_gives_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SUPABASE_KEY")
+    monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", "secret-key")
+    assert load_settings().supabase_key.get_secret_value() == "secret-key"
 
 
 def test_every_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,9 +76,9 @@ def test_an_unknown_setting_in_the_file_is_named(tmp_path: Path) -> None:
         ("SUPABASE_URL", "https://abc.supabase.co/?key=secret"),
         ("SUPABASE_URL", "https://user:secret@abc.supabase.co"),
         ("SUPABASE_URL", "https://abc.supa base.co"),
-        ("SUPABASE_SERVICE_ROLE_KEY", "secret key"),
-        ("SUPABASE_SERVICE_ROLE_KEY", "secret\nkey"),
-        ("SUPABASE_SERVICE_ROLE_KEY", "sb_publishable_abc"),
+        ("SUPABASE_KEY", "secret key"),
+        ("SUPABASE_KEY", "secret\nkey"),
+        ("SUPABASE_KEY", "sb_publishable_abc"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318/v1/traces"),
         ("PRODUCTS_SERVICE_URL", "products:8001"),
         ("LOG_LEVEL", "LOUD"),
@@ -83,12 +91,12 @@ def test_a_wrong_setting_is_named_and_its_value_is_not_told(
     with pytest.raises(SettingsError) as raised:
         load_settings()
     assert f"  {name}: " in str(raised.value)
-    assert "secret" not in str(raised.value).replace("SUPABASE_SERVICE_ROLE_KEY", "")
+    assert "secret" not in str(raised.value).replace("SUPABASE_KEY", "")
 
 
 def test_white_space_around_a_key_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SUPABASE_SERVICE_ROLE_KEY", " secret-key\n")
-    assert load_settings().supabase_service_role_key.get_secret_value() == "secret-key"
+    monkeypatch.setenv("SUPABASE_KEY", " secret-key\n")
+    assert load_settings().supabase_key.get_secret_value() == "secret-key"
 
 
 def test_settings_never_print_the_key() -> None:
