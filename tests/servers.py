@@ -177,4 +177,4 @@ def make_settings(**changes: object) -> Settings:
         "supabase_key": SERVICE_ROLE_KEY,
         "products_service_url": "http://127.0.0.1:1",
     }
-    return Settings(_env_file=None, **(values | changes))  # type: ignore[arg-type]  # from text
+    return Settings.model_validate(values | changes)
