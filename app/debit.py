@@ -1,6 +1,8 @@
 """The use case: charge a user for an item, exactly once."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from uuid import uuid4
 
 from app import metrics
@@ -8,6 +10,8 @@ from app.errors import (
     Forbidden,
     ItemInactive,
     ItemNotFound,
+    LedgerUnavailable,
+    OutcomeUnknown,
     Overloaded,
     PaymentError,
     ProductsUnavailable,
@@ -56,7 +60,8 @@ class Debits:
             raise Overloaded
         self._waiting += 1
         try:
-            return await self._debit(debit, callers_key, deadline)
+            with self._telling_how_long_to_wait(callers_key):
+                return await self._debit(debit, callers_key, deadline)
         finally:
             self._waiting -= 1
 
@@ -66,7 +71,25 @@ class Debits:
         Raises:
             LedgerUnavailable: it could not be looked up.
         """
-        return await self._ledger.find(user_id, key, deadline)
+        with self._telling_how_long_to_wait(key):
+            return await self._ledger.find(user_id, key, deadline)
+
+    @contextmanager
+    def _telling_how_long_to_wait(self, callers_key: str | None) -> Iterator[None]:
+        """Pass the ledger's Retry-After on.
+
+        Not with an unknown outcome without a key of the caller's own: who then repeats the debit
+        may pay twice.
+        """
+        try:
+            yield
+        except LedgerUnavailable as problem:
+            problem.headers = self._ledger.pause.headers(problem.headers)
+            raise
+        except OutcomeUnknown as problem:
+            if callers_key is not None:
+                problem.headers = self._ledger.pause.headers(problem.headers)
+            raise
 
     async def _debit(
         self, debit: DebitRequest, callers_key: str | None, deadline: float

@@ -63,7 +63,7 @@ class IssuerKeys:
         self._url = url
         self._age_seconds_max = age_seconds_max
         self._keys: dict[str | None, SameId] = {}
-        self._pause = Pause()
+        self._pause = Pause("AUTH_JWKS_URL")
         self._absent: TTLCache[str | None, bool] = TTLCache(ABSENT_MAX, ABSENT_SECONDS)
         self._asked_at = float("-inf")
         self._refreshing: asyncio.Task[bool] | None = None

@@ -31,6 +31,7 @@ from app.problems import answer_http_exception, answer_invalid_parameters, answe
 from app.products import PRODUCTS_TIMEOUT_SECONDS, Products
 from app.proxies import find_proxy
 from app.readiness import Readiness
+from app.retry_after import Pause
 from app.routes import PROTECTED_PATHS, Services, add_routes
 from app.schemas import DebitRequest, Payment, Problem, SchemasAsWritten
 from app.settings import Settings, load_settings, warn_of_doubtful_settings
@@ -147,6 +148,8 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
         ledger_client = await stack.enter_async_context(
             _http_client(CALL_TIMEOUT_SECONDS, "SUPABASE_URL", settings.supabase_url)
         )
+        pause = Pause("SUPABASE_URL")
+        ledger_client.event_hooks["response"].append(pause.read)
         with building("the Supabase client", "SUPABASE_URL", "SUPABASE_KEY"):
             supabase = AsyncClient(
                 settings.supabase_url,
@@ -156,7 +159,7 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
                 ),
             )
         products = Products(products_client, settings.products_cache_seconds)
-        ledger = Ledger(supabase)
+        ledger = Ledger(supabase, pause)
         debits = Debits(
             products,
             ledger,

@@ -63,7 +63,7 @@ class Products:
         if cache_seconds > 0:
             self._fetch = alru_cache(maxsize=ITEMS_MAX, ttl=cache_seconds)(self._fetch_item)
         self._last_good: TTLCache[UUID, Item] = TTLCache(ITEMS_MAX, LAST_GOOD_SECONDS_MAX)
-        self._pause = Pause()
+        self._pause = Pause("PRODUCTS_SERVICE_URL")
         self.last_state = "not asked yet"
         metrics.announce_failing_call("products", "get_item", ProductsUnavailable.code)
 

@@ -33,7 +33,7 @@ class Readiness:
                 await ledger.check()
             except PaymentError as error:
                 logger.warning("not ready: debit_use: %s. %s", error.code, _what_to_do(error))
-                await asyncio.sleep(delay_seconds)
+                await asyncio.sleep(max(delay_seconds, ledger.pause.seconds_left()))
                 delay_seconds = min(2 * delay_seconds, DELAY_SECONDS_MAX)
             else:
                 self.status = "ready"

@@ -1,5 +1,6 @@
 """How long a dependency asks not to be called (Retry-After, RFC 9110 section 10.2.3)."""
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -12,18 +13,26 @@ import httpx
 RETRY_AFTER_SECONDS_MAX = 60  # a mistake of the other side must not stop debits for hours
 ASKING_TO_WAIT = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
 
+logger = logging.getLogger(__name__)
+
 
 class Pause:
     """Until when a dependency is not called, because it said so with status 429 or 503."""
 
-    def __init__(self) -> None:
+    def __init__(self, setting: str) -> None:
+        """Take the setting that names the dependency, for the log."""
+        self._setting = setting
         self._ends_at = -math.inf
 
     async def read(self, response: httpx.Response) -> None:
         """Begin a pause if the response asks for one; a hook for httpx."""
-        if response.status_code in ASKING_TO_WAIT:
-            seconds = min(read_seconds(response.headers), RETRY_AFTER_SECONDS_MAX)
-            self._ends_at = max(self._ends_at, monotonic() + seconds)
+        if response.status_code not in ASKING_TO_WAIT:
+            return
+        seconds = min(read_seconds(response.headers), RETRY_AFTER_SECONDS_MAX)
+        if seconds and not self.seconds_left():
+            status = response.status_code
+            logger.warning("%s: status %d: not called for %d s", self._setting, status, seconds)
+        self._ends_at = max(self._ends_at, monotonic() + seconds)
 
     def seconds_left(self) -> float:
         return max(0.0, self._ends_at - monotonic())
