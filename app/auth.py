@@ -8,21 +8,28 @@ import jwt
 from cachetools import LRUCache
 
 from app.errors import Forbidden, Unauthenticated
-from app.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys
+from app.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys, SameId
 
-TOKEN_LENGTH_MAX = 8_192
+TOKEN_LENGTH_MAX = 16 * 1024
+LEEWAY_SECONDS = 5  # how far the issuer's clock may differ from this one's
+# https://www.rfc-editor.org/rfc/rfc9068#section-2.1
+TYPES = (None, "jwt", "at+jwt", "application/at+jwt")
+# What only tokens for other uses hold: those of OpenID Connect that tell who somebody is or that
+# a session has ended, as Keycloak and Cognito mark them too.
+OTHER_USES = {"typ": ("ID", "Refresh", "Offline", "Logout"), "token_use": ("id",)}
+CLAIMS_OF_OTHER_USES = ("at_hash", "c_hash", "events")
 ACCEPTED_MAX = 1_000  # tokens
 
 UNKNOWN_KEY = "The token is signed with a key that the issuer does not publish"
 UNNAMED_KEY = "The token does not name its key (kid), and the issuer publishes more than one"
-TOKEN_ERRORS = (jwt.PyJWTError, ValueError, TypeError)
+OTHER_USE = "The token is for another use: an access token is needed"
+MISSING = "The token is missing: send it as Authorization: Bearer <token>"
+TOKEN_ERRORS = (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 
 REASONS: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
     (jwt.ExpiredSignatureError, "The token has expired"),
     (jwt.ImmatureSignatureError, "The token is not valid yet"),
     (jwt.InvalidIssuerError, "The token is from another issuer"),
-    (jwt.InvalidAudienceError, "The token is for another audience"),
-    (jwt.InvalidSignatureError, "The token's signature is not valid"),
 )
 
 
@@ -30,7 +37,7 @@ class Accepted(NamedTuple):
     """What a token that was accepted stands on; `expires_at` is in seconds since 1970."""
 
     key_id: str | None
-    key: IssuerKey
+    keys: SameId
     expires_at: int
 
 
@@ -61,14 +68,16 @@ class Authentication:
         """
         token = _read_token(authorization)
         if not await self._was_accepted(token):
-            key_id = _read_key_id(token)
-            key = await self._keys.get(key_id)
-            if key is None:
+            key_id, algorithm = _read_header(token)
+            keys = await self._keys.get(key_id)
+            if keys is None:
                 raise _invalid(UNKNOWN_KEY if key_id else UNNAMED_KEY)
-            claims = self._read_claims(token, key)
-            if self._required_role is not None and self._required_role not in _roles(claims):
+            claims = self._read_claims(token, keys, algorithm)
+            self._check_use(claims)
+            if self._required_role is not None and self._required_role not in self._roles(claims):
                 raise Forbidden("The token lacks the role that payments need")
-            self._accepted[token] = Accepted(key_id, key, int(claims["exp"]))
+            expires_at = int(claims["exp"]) + LEEWAY_SECONDS
+            self._accepted[token] = Accepted(key_id, keys, expires_at)
         return token
 
     async def _was_accepted(self, token: str) -> bool:
@@ -80,61 +89,104 @@ class Authentication:
         return (
             known is not None
             and time.time() < known.expires_at
-            and await self._keys.get(known.key_id) is known.key
+            and await self._keys.get(known.key_id) is known.keys
         )
 
-    def _read_claims(self, token: str, key: IssuerKey) -> Mapping[str, Any]:
-        try:
-            claims: Mapping[str, Any] = jwt.decode(
-                token,
-                key.public_key,
-                algorithms=key.algorithms,
-                issuer=self._issuer,
-                audience=self._audience,
-                options={
-                    "require": ["exp"],
-                    "enforce_minimum_key_length": True,
-                    "verify_aud": self._audience is not None,
-                    "verify_iat": False,  # when it was issued is no rule of who may call
-                },
-            )
-        except jwt.MissingRequiredClaimError as error:
-            raise _invalid(f"The token lacks {error.claim}") from error
-        except TOKEN_ERRORS as error:
-            reason = next((text for kind, text in REASONS if isinstance(error, kind)), None)
-            raise _invalid(reason or "The token cannot be read") from error
+    def _read_claims(self, token: str, keys: SameId, algorithm: str) -> Mapping[str, Any]:
+        fitting = [key for key in keys if algorithm in key.algorithms]
+        for key in fitting or keys:
+            try:
+                return self._decode(token, key)
+            except jwt.InvalidSignatureError:
+                continue
+            except jwt.MissingRequiredClaimError as error:
+                raise _invalid(f"The token lacks {error.claim}") from error
+            except TOKEN_ERRORS as error:
+                reason = next((text for kind, text in REASONS if isinstance(error, kind)), None)
+                raise _invalid(reason or "The token cannot be read") from error
+        raise _invalid("The token's signature is not valid")
+
+    def _decode(self, token: str, key: IssuerKey) -> Mapping[str, Any]:
+        claims: Mapping[str, Any] = jwt.decode(
+            token,
+            key.public_key,
+            algorithms=key.algorithms,
+            issuer=self._issuer,
+            leeway=LEEWAY_SECONDS,
+            options={
+                "require": ["exp"],
+                "enforce_minimum_key_length": True,
+                "verify_aud": False,  # _check_use does
+                "verify_iat": False,  # when it was issued is no rule of who may call
+            },
+        )
         return claims
 
+    def _check_use(self, claims: Mapping[str, Any]) -> None:
+        """Check that the token is for this service; Cognito writes client_id in place of aud."""
+        if any(claims.get(name) in uses for name, uses in OTHER_USES.items()) or any(
+            name in claims for name in CLAIMS_OF_OTHER_USES
+        ):
+            raise _invalid(OTHER_USE)
+        if self._audience is None:
+            return
+        named = claims.get("aud")
+        if named is None:
+            named = claims.get("client_id")
+        if named is None:
+            raise _invalid("The token lacks aud")
+        if self._audience not in (named if isinstance(named, list) else [named]):
+            raise _invalid("The token is for another audience")
 
-def _roles(claims: Mapping[str, Any]) -> list[object]:
-    """Collect roles as Keycloak writes them, and scopes as OAuth does (RFC 8693, section 4.2)."""
-    realm_access, scope = claims.get("realm_access"), claims.get("scope")
-    roles = realm_access.get("roles") if isinstance(realm_access, dict) else None
-    return [
-        *(roles if isinstance(roles, list) else ()),
-        *(scope.split() if isinstance(scope, str) else ()),
-    ]
+    def _roles(self, claims: Mapping[str, Any]) -> list[str]:
+        """Collect roles as Keycloak and others write them, and scopes as OAuth does.
+
+        https://www.rfc-editor.org/rfc/rfc9068#section-2.2.3 names `roles` and `scope`.
+        """
+        resources = _member(claims, "resource_access")
+        found = [
+            _member(_member(claims, "realm_access"), "roles"),
+            _member(_member(resources, self._audience), "roles"),
+            *(claims.get(name) for name in ("roles", "scope", "scp")),
+        ]
+        lists = [value.split() if isinstance(value, str) else value for value in found]
+        return [
+            role
+            for roles in lists
+            if isinstance(roles, list)
+            for role in roles
+            if isinstance(role, str)
+        ]
+
+
+def _member(thing: object, name: str | None) -> object:
+    return thing.get(name) if isinstance(thing, dict) else None
 
 
 def _read_token(authorization: str | None) -> str:
-    if authorization is None:
-        raise Unauthenticated
-    scheme, _, token = authorization.partition(" ")
-    token = token.strip()
-    if scheme.lower() != "bearer" or not token or len(token) > TOKEN_LENGTH_MAX:
+    scheme, *rest = (authorization or "").split(maxsplit=1) or [""]
+    if not scheme:
+        raise Unauthenticated(MISSING)
+    if scheme.lower() != "bearer" or not rest:
         raise _invalid("The Authorization header holds no bearer token")
+    token = rest[0].strip()
+    if len(token) > TOKEN_LENGTH_MAX:
+        raise _invalid(f"The token is longer than {TOKEN_LENGTH_MAX} characters")
     return token
 
 
-def _read_key_id(token: str) -> str | None:
+def _read_header(token: str) -> tuple[str | None, str]:
+    """Read which key a token is signed with, and how."""
     try:
         header = jwt.get_unverified_header(token)
     except TOKEN_ERRORS as error:
         raise _invalid("The token cannot be read") from error
     if header.get("alg") not in ALGORITHMS:
         raise _invalid("The token is not signed with an asymmetric algorithm")
-    key_id: str | None = header.get("kid")
-    return key_id
+    kind = header.get("typ")
+    if (kind.lower() if isinstance(kind, str) else kind) not in TYPES:
+        raise _invalid(OTHER_USE)
+    return header.get("kid"), header["alg"]
 
 
 def _invalid(detail: str) -> Unauthenticated:

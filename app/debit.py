@@ -1,6 +1,8 @@
 """The use case: charge a user for an item, exactly once."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from uuid import uuid4
 
 from app import metrics
@@ -8,6 +10,7 @@ from app.errors import (
     Forbidden,
     ItemInactive,
     ItemNotFound,
+    LedgerUnavailable,
     Overloaded,
     PaymentError,
     ProductsUnavailable,
@@ -56,7 +59,8 @@ class Debits:
             raise Overloaded
         self._waiting += 1
         try:
-            return await self._debit(debit, callers_key, deadline)
+            with self._telling_how_long_to_wait():
+                return await self._debit(debit, callers_key, deadline)
         finally:
             self._waiting -= 1
 
@@ -66,7 +70,17 @@ class Debits:
         Raises:
             LedgerUnavailable: it could not be looked up.
         """
-        return await self._ledger.find(user_id, key, deadline)
+        with self._telling_how_long_to_wait():
+            return await self._ledger.find(user_id, key, deadline)
+
+    @contextmanager
+    def _telling_how_long_to_wait(self) -> Iterator[None]:
+        """Pass the ledger's Retry-After on."""
+        try:
+            yield
+        except LedgerUnavailable as problem:
+            problem.headers = self._ledger.pause.headers(problem.headers)
+            raise
 
     async def _debit(
         self, debit: DebitRequest, callers_key: str | None, deadline: float

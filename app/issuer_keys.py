@@ -8,9 +8,12 @@ import aiohttp
 import httpx
 import jwt
 from cachetools import TTLCache
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from app import metrics
 from app.errors import AuthenticationUnavailable
+from app.http_failures import describe_failure
+from app.retry_after import Pause
 from app.tracing import FAILED, dependency_call
 
 KEYS_TIMEOUT_SECONDS = 2.0
@@ -23,20 +26,26 @@ RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 # Asymmetric ones only: a secret that both sides know is no proof of who signed, and the public key
 # taken for such a secret is the classic forgery. https://www.rfc-editor.org/rfc/rfc8725#section-2.1
 ALGORITHMS = (*RSA_ALGORITHMS, "ES256", "ES384", "ES512", "EdDSA")
-FETCH_ERRORS = (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError)
+# A RecursionError is JSON that is nested without end.
+FETCH_ERRORS = (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError, RecursionError)
 JWK_ERRORS = (
     *(jwt.PyJWTError, ValueError, TypeError, LookupError, AttributeError),
-    NotImplementedError,
+    *(NotImplementedError, OverflowError, UnsupportedAlgorithm),
 )
 
 logger = logging.getLogger(__name__)
 
 
 class IssuerKey(NamedTuple):
-    """A key and what may be signed with it; after each fetch it is another object."""
+    """A key and what may be signed with it."""
 
     public_key: Any  # RSA, EC or Ed25519, as PyJWT makes it of a JWK
     algorithms: list[str]
+
+
+# The keys of one id: some issuers publish an entry for each algorithm. After each fetch it is
+# another object.
+SameId = tuple[IssuerKey, ...]
 
 
 class IssuerKeys:
@@ -53,14 +62,15 @@ class IssuerKeys:
         self._client = client
         self._url = url
         self._age_seconds_max = age_seconds_max
-        self._keys: dict[str | None, IssuerKey] = {}
+        self._keys: dict[str | None, SameId] = {}
+        self._pause = Pause("AUTH_JWKS_URL")
         self._absent: TTLCache[str | None, bool] = TTLCache(ABSENT_MAX, ABSENT_SECONDS)
         self._asked_at = float("-inf")
         self._refreshing: asyncio.Task[bool] | None = None
         metrics.announce_failing_call("issuer", "get_keys", FAILED)
 
-    async def get(self, key_id: str | None) -> IssuerKey | None:
-        """Find a key; None if the issuer does not publish it.
+    async def get(self, key_id: str | None) -> SameId | None:
+        """Find the keys of an id; None if the issuer does not publish it.
 
         Raises:
             AuthenticationUnavailable: it is not known, and the issuer cannot be asked.
@@ -78,12 +88,14 @@ class IssuerKeys:
             have_come = await asyncio.shield(self._refresh())
         key = self._find(key_id)
         if key is None and not have_come:
-            raise AuthenticationUnavailable
+            problem = AuthenticationUnavailable()
+            problem.headers = self._pause.headers(problem.headers)
+            raise problem
         if key is None:
             self._absent[key_id] = True
         return key
 
-    def _find(self, key_id: str | None) -> IssuerKey | None:
+    def _find(self, key_id: str | None) -> SameId | None:
         # https://openid.net/specs/openid-connect-core-1_0.html#Signing: a token may leave out
         # which key it is signed with where there is only one.
         if key_id is None and len(self._keys) == 1:
@@ -97,25 +109,28 @@ class IssuerKeys:
         return self._refreshing
 
     async def _fetch(self) -> bool:
+        if self._pause.seconds_left():
+            return False
         await asyncio.sleep(self._asked_at + REFRESH_SECONDS_MIN - _now())
         self._asked_at = _now()
         try:
             with dependency_call("issuer", "get_keys"):
                 async with asyncio.timeout(KEYS_TIMEOUT_SECONDS):
                     response = await self._client.get(self._url)
+                await self._pause.read(response)
                 self._keys = _read_keys(response.raise_for_status().json())
         except FETCH_ERRORS as error:
-            reason = type(error.__cause__ or error).__name__
+            reason = describe_failure(error, KEYS_TIMEOUT_SECONDS)
             logger.warning("the issuer's keys cannot be fetched from AUTH_JWKS_URL: %s", reason)
             return False
         return True
 
 
-def _read_keys(document: object) -> dict[str | None, IssuerKey]:
+def _read_keys(document: object) -> dict[str | None, SameId]:
     """Read a JWK set; keys for other uses, and of kinds not known here, are left out."""
     if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
         raise ValueError("this is no JWK set")  # noqa: TRY004 - the fault is in the document
-    keys: dict[str | None, IssuerKey] = {}
+    keys: dict[str | None, SameId] = {}
     for one in document["keys"]:
         try:
             key = jwt.PyJWK(one)
@@ -127,7 +142,8 @@ def _read_keys(document: object) -> dict[str | None, IssuerKey]:
             # An RSA key that does not say for which algorithm it is goes with any of its kind.
             is_open = key.key_type == "RSA" and "alg" not in one
             algorithms = list(RSA_ALGORITHMS) if is_open else [key.algorithm_name]
-            keys[key.key_id] = IssuerKey(key.key, algorithms)
+            same_id = keys.get(key.key_id, ())
+            keys[key.key_id] = (*same_id, IssuerKey(key.key, algorithms))
     if not keys:
         raise ValueError("there is no key to check a signature with")
     return keys

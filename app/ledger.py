@@ -17,6 +17,7 @@ from supabase import AsyncClient
 from app import metrics
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
 from app.outcomes import Outcome, read_batch, read_found, read_outcome
+from app.retry_after import Pause
 from app.schemas import DebitRequest
 from app.tracing import dependency_call
 
@@ -30,7 +31,10 @@ DELAY_SECONDS_MAX = 1.0
 
 # The transport calls every broken connection a connect timeout, also one that broke after sending;
 # what it was is in the cause. Waiting for a free connection ends in the second of them too.
-NEVER_SENT = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+NEVER_SENT = (
+    *(aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError),
+    aiohttp.ClientHttpProxyError,  # the proxy refused to connect to the gateway
+)
 # The transaction was not begun or was rolled back: PostgREST had no connection or no schema cache
 # (PGRST000, 002, 003), or Postgres gave up on a lock or on time, could not serialise, or only
 # reads: 25006, and 0A000 of a replica, where PostgREST asks for a transaction that writes.
@@ -60,8 +64,14 @@ logger = logging.getLogger(__name__)
 class Ledger:
     """Client of the database's functions. Deadlines are times of the event loop's clock."""
 
-    def __init__(self, supabase: AsyncClient) -> None:
+    def __init__(self, supabase: AsyncClient, pause: Pause | None = None) -> None:
+        """Take a client, and the pause that its responses may ask for."""
         self._supabase = supabase
+        # A pause leaves the meaning of the response that began it alone: 429 is unknown like any
+        # response without a code of the database. A gateway refuses before it passes a call on,
+        # but one that tries again by itself can be refused the second time, after the first time
+        # was done. Calls that are not sent during the pause are certainly not done.
+        self.pause = pause or Pause("SUPABASE_URL", ())
         self._calls = asyncio.Semaphore(CALLS_MAX)
         self.last_state = "not asked yet"
 
@@ -78,9 +88,10 @@ class Ledger:
             try:
                 return await self._ask(debit, key, deadline)
             except LedgerUnavailable:
-                await asyncio.sleep(_delay_seconds(1))
-                if _now() + CALL_TIMEOUT_SECONDS > deadline:
+                delay_seconds = self.pause.seconds_left() + _delay_seconds(1)
+                if _now() + delay_seconds + CALL_TIMEOUT_SECONDS > deadline:
                     raise
+                await asyncio.sleep(delay_seconds)
                 return await self._ask(debit, key, deadline)
         except OutcomeUnknown:
             return await self.settle(debit, key, deadline)
@@ -92,7 +103,7 @@ class Ledger:
             OutcomeUnknown: none came before the deadline.
         """
         for calls in itertools.count(1):
-            delay_seconds = _delay_seconds(calls)
+            delay_seconds = self.pause.seconds_left() + _delay_seconds(calls)
             if _now() + delay_seconds >= deadline:
                 break
             await asyncio.sleep(delay_seconds)
@@ -174,7 +185,7 @@ class Ledger:
         except TimeoutError as error:
             raise LedgerUnavailable from error  # it was never sent
         try:
-            if _now() >= deadline:
+            if _now() >= deadline or self.pause.seconds_left():
                 raise LedgerUnavailable  # neither was this: a call can be sent before it times out
             with dependency_call("ledger", function):
                 return await self._ask_once(function, arguments, deadline, read)

@@ -29,10 +29,20 @@ from app.logs import configure_logging
 from app.observability import RequestContext
 from app.problems import answer_http_exception, answer_invalid_parameters, answer_payment_error
 from app.products import PRODUCTS_TIMEOUT_SECONDS, Products
+from app.proxies import find_proxy
 from app.readiness import Readiness
+from app.retry_after import Pause
 from app.routes import PROTECTED_PATHS, Services, add_routes
 from app.schemas import DebitRequest, Payment, Problem, SchemasAsWritten
-from app.settings import Settings, SettingsError, load_settings
+from app.settings import Settings, load_settings, warn_of_doubtful_settings
+from app.startup import (
+    building,
+    check_trace_variables,
+    describe_startup_failure,
+    load_certificates,
+    trace_variables,
+    with_startup_message,
+)
 from app.tracing import RequestSpans, pass_on_traceparent
 
 CONNECT_TIMEOUT_SECONDS = 1.0
@@ -80,17 +90,25 @@ class PaymentService(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
+            send = with_startup_message(send)
             try:
-                self.settings = self.settings or load_settings()
-            except SettingsError as error:
-                # Raised in the lifespan it would reach the operator as a traceback.
+                self._configure()
+            except Exception as error:  # noqa: BLE001 - uvicorn would serve without a lifespan
                 await receive()
-                await send({"type": "lifespan.startup.failed", "message": str(error)})
+                message = describe_startup_failure(error)
+                await send({"type": "lifespan.startup.failed", "message": message})
                 return
-            configure_logging(self.settings.log_level)
-            if self.settings.otel_exporter_otlp_endpoint:
-                self.add_middleware(RequestSpans)
         await super().__call__(scope, receive, send)
+
+    def _configure(self) -> None:
+        if self.settings:
+            configure_logging(self.settings.log_level)
+        else:
+            self.settings = load_settings()
+            configure_logging(self.settings.log_level)
+            warn_of_doubtful_settings(self.settings)
+        if self.settings.otel_exporter_otlp_endpoint:
+            self.add_middleware(RequestSpans)
 
     def openapi(self) -> dict[str, Any]:
         """Add the models that the routes read and write by hand, and whether a token is needed."""
@@ -116,23 +134,33 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
     assert settings is not None  # noqa: S101 - __call__ has read them
     async with AsyncExitStack() as stack:
         if settings.otel_exporter_otlp_endpoint:
-            # Where nobody asks for traces, their libraries take neither time nor memory.
-            from app.trace_export import exported_traces  # noqa: PLC0415
+            check_trace_variables()
+            with building("the exporter of traces", *trace_variables()):
+                # Where nobody asks for traces, their libraries take neither time nor memory.
+                from app.trace_export import exported_traces  # noqa: PLC0415
 
-            stack.enter_context(exported_traces(settings.otel_exporter_otlp_endpoint))
+                stack.enter_context(exported_traces(settings.otel_exporter_otlp_endpoint))
         products_client = await stack.enter_async_context(
-            _http_client(PRODUCTS_TIMEOUT_SECONDS, settings.products_service_url)
+            _http_client(
+                PRODUCTS_TIMEOUT_SECONDS, "PRODUCTS_SERVICE_URL", settings.products_service_url
+            )
         )
-        ledger_client = await stack.enter_async_context(_http_client(CALL_TIMEOUT_SECONDS))
-        supabase = AsyncClient(
-            settings.supabase_url,
-            settings.supabase_service_role_key.get_secret_value(),
-            AsyncClientOptions(
-                httpx_client=ledger_client, auto_refresh_token=False, persist_session=False
-            ),
+        ledger_client = await stack.enter_async_context(
+            _http_client(CALL_TIMEOUT_SECONDS, "SUPABASE_URL", settings.supabase_url)
         )
+        # PostgREST sends a Retry-After with each 503; how soon those are repeated is decided here.
+        pause = Pause("SUPABASE_URL", {httpx.codes.TOO_MANY_REQUESTS})
+        ledger_client.event_hooks["response"].append(pause.read)
+        with building("the Supabase client", "SUPABASE_URL", "SUPABASE_KEY"):
+            supabase = AsyncClient(
+                settings.supabase_url,
+                settings.supabase_key.get_secret_value(),
+                AsyncClientOptions(
+                    httpx_client=ledger_client, auto_refresh_token=False, persist_session=False
+                ),
+            )
         products = Products(products_client, settings.products_cache_seconds)
-        ledger = Ledger(supabase)
+        ledger = Ledger(supabase, pause)
         debits = Debits(
             products,
             ledger,
@@ -163,7 +191,9 @@ async def _open_authentication(stack: AsyncExitStack, settings: Settings) -> Aut
     ):
         if getattr(settings, name) is None:
             logger.warning("%s is not set: %s may charge anybody", name.upper(), who)
-    client = await stack.enter_async_context(_http_client(KEYS_TIMEOUT_SECONDS))
+    client = await stack.enter_async_context(
+        _http_client(KEYS_TIMEOUT_SECONDS, "AUTH_JWKS_URL", settings.auth_jwks_url)
+    )
     return Authentication(
         IssuerKeys(client, settings.auth_jwks_url),
         issuer=settings.auth_issuer,
@@ -179,10 +209,14 @@ def _spare_the_garbage_collector() -> None:
     gc.set_threshold(GARBAGE_THRESHOLD)
 
 
-def _http_client(timeout_seconds: float, base_url: str = "") -> httpx.AsyncClient:
+def _http_client(timeout_seconds: float, setting: str, address: str) -> httpx.AsyncClient:
+    """Make a client for the address that a setting holds, which is its base address too."""
     # Over aiohttp a call costs a third of what it costs over httpx's own transport. It is given
     # the certificates, or it would read them once more.
-    certificates = httpx.create_ssl_context()
+    certificates = load_certificates()
+    proxy = find_proxy(address)
+    if proxy:
+        logger.info("%s is called through a proxy", setting)
     connector = aiohttp.TCPConnector(
         limit=CALLS_MAX,
         keepalive_timeout=CONNECTION_IDLE_SECONDS_MAX,
@@ -190,11 +224,14 @@ def _http_client(timeout_seconds: float, base_url: str = "") -> httpx.AsyncClien
         ssl=certificates,
     )
     session = aiohttp.ClientSession(
-        connector=connector, cookie_jar=aiohttp.DummyCookieJar(), skip_auto_headers={"User-Agent"}
+        connector=connector,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers={"User-Agent"},
+        proxy=proxy,
     )
     return httpx.AsyncClient(
         transport=AiohttpTransport(client=session, verify=certificates),
-        base_url=base_url,
+        base_url=address,
         timeout=httpx.Timeout(
             timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS, pool=CONNECT_TIMEOUT_SECONDS
         ),

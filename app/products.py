@@ -14,11 +14,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app import metrics
 from app.errors import Forbidden, ItemNotFound, ProductsUnavailable
+from app.http_failures import describe_failure
+from app.retry_after import Pause
 from app.tracing import dependency_call
 
 PRODUCTS_TIMEOUT_SECONDS = 2.0
 LAST_GOOD_SECONDS_MAX = 60.0
 ITEMS_MAX = 10_000
+# A RecursionError is JSON that is nested without end.
+CALL_ERRORS = (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError, RecursionError)
 REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
 # What the caller proved itself with, for the products service to ask for too.
@@ -59,6 +63,7 @@ class Products:
         if cache_seconds > 0:
             self._fetch = alru_cache(maxsize=ITEMS_MAX, ttl=cache_seconds)(self._fetch_item)
         self._last_good: TTLCache[UUID, Item] = TTLCache(ITEMS_MAX, LAST_GOOD_SECONDS_MAX)
+        self._pause = Pause("PRODUCTS_SERVICE_URL")
         self.last_state = "not asked yet"
         metrics.announce_failing_call("products", "get_item", ProductsUnavailable.code)
 
@@ -88,15 +93,17 @@ class Products:
             return await self._fetch_item(item_id)  # the shared call was made with another's
 
     async def _fetch_item(self, item_id: UUID) -> Item:
+        if self._pause.seconds_left():
+            raise self._unavailable()
         with dependency_call("products", "get_item"):
             try:
                 async with asyncio.timeout(PRODUCTS_TIMEOUT_SECONDS):
                     item = await self._ask(item_id)
-            except (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError) as error:
+            except CALL_ERRORS as error:
                 self.last_state = "unavailable"
-                # The transport calls every failed connection a timeout; its cause says what it was.
-                logger.warning("products service: %s", type(error.__cause__ or error).__name__)
-                raise ProductsUnavailable from error
+                reason = describe_failure(error, PRODUCTS_TIMEOUT_SECONDS)
+                logger.warning("products service: %s", reason)
+                raise self._unavailable() from error
             self.last_state = "ok"
             if item is None:
                 self._last_good.pop(item_id, None)
@@ -104,10 +111,16 @@ class Products:
         self._last_good[item_id] = item
         return item
 
+    def _unavailable(self) -> ProductsUnavailable:
+        problem = ProductsUnavailable()
+        problem.headers = self._pause.headers(problem.headers)
+        return problem
+
     async def _ask(self, item_id: UUID) -> Item | None:
         token = callers_token.get()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         response = await self._client.get(f"/items/{item_id}", headers=headers)
+        await self._pause.read(response)
         if token and response.status_code in REFUSED:
             logger.warning("products service: %d for a caller's token", response.status_code)
             raise _TokenRefused(token)

@@ -33,7 +33,7 @@ class Readiness:
                 await ledger.check()
             except PaymentError as error:
                 logger.warning("not ready: check_ledger: %s. %s", error.code, _what_to_do(error))
-                await asyncio.sleep(delay_seconds)
+                await asyncio.sleep(max(delay_seconds, ledger.pause.seconds_left()))
                 delay_seconds = min(2 * delay_seconds, DELAY_SECONDS_MAX)
             else:
                 self.status = "ready"
@@ -62,7 +62,7 @@ class Readiness:
 def _what_to_do(error: PaymentError) -> str:
     if isinstance(error, LedgerRejected):
         return (
-            "Check that SUPABASE_SERVICE_ROLE_KEY is the service_role key of SUPABASE_URL "
+            "Check that SUPABASE_KEY is the service_role key of SUPABASE_URL "
             "and that the migrations are applied."
         )
-    return "Check SUPABASE_URL, SUPABASE_SERVICE_ROLE_KEY, and that the database is up."
+    return "Check SUPABASE_URL, SUPABASE_KEY, and that the database is up."

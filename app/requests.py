@@ -22,7 +22,10 @@ async def authenticate(request: Request, authentication: Authentication, deadlin
         Unauthenticated, Forbidden: the caller may not do this.
         AuthenticationUnavailable: that cannot be told, or not before the deadline.
     """
-    authorization = request.headers.get("authorization")
+    authorizations = request.headers.getlist("authorization")
+    if len(authorizations) > 1:
+        raise errors.Unauthenticated("There is more than one Authorization header: send one")
+    authorization = authorizations[0] if authorizations else None
     try:
         async with asyncio.timeout_at(deadline):
             token = await authentication.authenticate(authorization)

@@ -1,83 +1,58 @@
 """The environment, read in one place, once, at start."""
 
+import logging
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    SecretStr,
-    StringConstraints,
-    ValidationError,
-    model_validator,
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from app.environment import (
+    SERVICE_LINK,
+    Environment,
+    SettingsError,
+    find_meant,
+    read_environment,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from app.setting_types import (
+    CollectorAddress,
+    InCapitals,
+    KeysAddress,
+    Name,
+    ProductsAddress,
+    ProjectAddress,
+    Seconds,
+    SupabaseKey,
+    is_loopback,
+    key_claims,
+)
 
+__all__ = ["Settings", "SettingsError", "load_settings", "warn_of_doubtful_settings"]
 
-def _web_address(address: str) -> str:
-    try:
-        parts = urlsplit(address)
-        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        named = False
-    if not named or parts.fragment or any(c.isspace() for c in address):
-        raise ValueError("should be an address such as https://service.example.org")
-    if parts.username or parts.password:
-        raise ValueError("should not hold a user name or password")
-    return address
+ALIASES = {"SUPABASE_SERVICE_ROLE_KEY": "SUPABASE_KEY"}
+# What pydantic says of these leaves open what to write.
+MESSAGES = {
+    "float_parsing": "should be a number without a unit, such as 5",
+    "finite_number": "should be a finite number, such as 5",
+    "int_parsing": "should be a whole number without a unit, such as 64",
+    "bool_parsing": "should be true or false",
+}
 
-
-def _service_address(address: str) -> str:
-    parts = urlsplit(_web_address(address))
-    if parts.query:
-        raise ValueError("should be an address without a query")
-    if "/rest/v1" in parts.path:
-        raise ValueError("should be the project's address without /rest/v1")
-    return address.rstrip("/")
-
-
-def _collector_address(address: str) -> str:
-    if address.endswith("/v1/traces"):
-        raise ValueError("should be the collector's address without /v1/traces")
-    return address
-
-
-def _header_value(secret: SecretStr) -> SecretStr:
-    text = secret.get_secret_value().strip()
-    if not text or not all("!" <= character <= "~" for character in text):
-        raise ValueError("should be one line of visible ASCII characters without spaces")
-    if text.startswith("sb_publishable_"):
-        raise ValueError("should be the key of the role service_role; this is the publishable one")
-    return SecretStr(text)
-
-
-Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-KeysAddress = Annotated[Name, AfterValidator(_web_address)]
-ServiceAddress = Annotated[Name, AfterValidator(_service_address)]
-CollectorAddress = Annotated[ServiceAddress, AfterValidator(_collector_address)]
-
-
-class SettingsError(Exception):
-    """Settings are missing or wrong; the message names each, and never repeats a value."""
+logger = logging.getLogger(__name__)
 
 
 class Settings(BaseSettings):
     """What the service is told by its environment or by a file `.env` beside it."""
 
-    model_config = SettingsConfigDict(
-        env_file=".env",
-        env_ignore_empty=True,
-        extra="forbid",
-        frozen=True,
-        hide_input_in_errors=True,
-    )
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    supabase_url: ServiceAddress = Field(description="Address of the Supabase project.")
-    supabase_service_role_key: Annotated[SecretStr, AfterValidator(_header_value)] = Field(
+    supabase_url: ProjectAddress = Field(description="Address of the Supabase project.")
+    supabase_key: SupabaseKey = Field(
         description="Its key for the role service_role; keep it secret."
     )
-    products_service_url: ServiceAddress = Field(description="Address of the products service.")
-    products_cache_seconds: float = Field(
+    products_service_url: ProductsAddress = Field(description="Address of the products service.")
+    products_cache_seconds: Seconds = Field(
         5.0, ge=0, le=60, description="How long an answer about an item is used again."
     )
     debit_batch_size_max: int = Field(
@@ -86,7 +61,7 @@ class Settings(BaseSettings):
     debits_waiting_max: int = Field(
         1000, ge=1, le=100_000, description="More debits than this at a time are refused."
     )
-    request_timeout_seconds: float = Field(
+    request_timeout_seconds: Seconds = Field(
         8.0, ge=1, le=15, description="After this long a debit is answered, settled or not."
     )
     auth_jwks_url: KeysAddress | None = Field(
@@ -97,19 +72,51 @@ class Settings(BaseSettings):
     auth_required_role: Name | None = Field(
         None, description="The role or scope that a token has to carry."
     )
+    auth_plain_http_allowed: bool = Field(
+        False, description="Whether AUTH_JWKS_URL may be http:// on another machine."
+    )
     otel_exporter_otlp_endpoint: CollectorAddress | None = Field(
         None, description="A collector of traces that speaks OTLP over HTTP; turns traces on."
     )
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], InCapitals] = Field(
         "INFO", description="How much is logged."
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take what read_environment found: the library's own sources keep quotes around values."""
+        return (init_settings,)
+
     @model_validator(mode="after")
     def _no_rules_without_keys(self) -> Self:
-        if self.auth_jwks_url is None and (
-            self.auth_issuer or self.auth_audience or self.auth_required_role
-        ):
+        rules = (self.auth_issuer, self.auth_audience, self.auth_required_role)
+        if self.auth_jwks_url is None and (any(rules) or self.auth_plain_http_allowed):
             raise ValueError("AUTH_JWKS_URL is missing: without it no other AUTH_ setting applies")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_come_encrypted(self) -> Self:
+        # Whoever changes the keys on their way can sign tokens that are accepted here.
+        if self.auth_jwks_url and not self.auth_plain_http_allowed and _is_open(self.auth_jwks_url):
+            raise ValueError(
+                "AUTH_JWKS_URL should begin with https://; AUTH_PLAIN_HTTP_ALLOWED=true allows "
+                "http:// in a network that you trust"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _key_is_of_the_project(self) -> Self:
+        host = urlsplit(self.supabase_url).hostname or ""
+        project = key_claims(self.supabase_key.get_secret_value()).get("ref")
+        if project and host.endswith(".supabase.co") and host != f"{project}.supabase.co":
+            raise ValueError("SUPABASE_KEY is the key of another project than SUPABASE_URL")
         return self
 
 
@@ -119,14 +126,76 @@ def load_settings() -> Settings:
     Raises:
         SettingsError: something is missing or wrong.
     """
+    known = {*ALIASES, *(name.upper() for name in Settings.model_fields)}
+    environment = read_environment(known)
+    values, problems = _resolve_aliases(environment.values)
+    problems += _auth_problems(environment, known)
     try:
-        return Settings()
+        settings = Settings(**{name.lower(): value for name, value in values.items()})  # type: ignore[arg-type]  # text
     except ValidationError as error:
-        problems = [
-            "  " + ": ".join([*(str(part).upper() for part in problem["loc"]), problem["msg"]])
-            for problem in error.errors(include_url=False, include_input=False)
-        ]
+        problems += _messages(error, values)
+    if problems:
         raise SettingsError(
             "The service cannot start. In its environment or in .env these are missing or wrong "
-            "(.env.example explains each):\n" + "\n".join(problems)
-        ) from None
+            "(.env.example explains each):\n" + "\n".join(f"  {problem}" for problem in problems)
+        )
+    return settings
+
+
+def warn_of_doubtful_settings(settings: Settings) -> None:
+    """Log names that look like misspelled settings, and a project that is called in clear."""
+    known = {*ALIASES, *(name.upper() for name in Settings.model_fields)}
+    for name, place in read_environment(known).unknown.items():
+        if meant := find_meant(name, known):
+            logger.warning(
+                "%s in %s is not a setting of this service and is ignored; is %s meant?",
+                name,
+                place,
+                ALIASES.get(meant, meant),
+            )
+    if _is_open(settings.supabase_url):
+        logger.warning("SUPABASE_URL begins with http://: the key is sent without encryption")
+
+
+def _resolve_aliases(given: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    values, problems = dict(given), []
+    for alias, name in ALIASES.items():
+        if alias in values and values.setdefault(name, values[alias]) != values.pop(alias):
+            problems.append(f"{name}: differs from {alias}, which is the same setting; remove one")
+    return values, problems
+
+
+def _auth_problems(environment: Environment, known: Iterable[str]) -> list[str]:
+    """A rule that nobody applies, because its name or value was lost, would let callers in."""
+    empty = [
+        f"{name}: is empty; give it a value or remove it"
+        for name in sorted(environment.empty)
+        if name.startswith("AUTH_")
+    ]
+    ours = [name for name in known if name.startswith("AUTH_")]
+    unknown = []
+    for name, place in environment.unknown.items():
+        if name.startswith("AUTH_") and not SERVICE_LINK.fullmatch(name):
+            meant = find_meant(name, ours)
+            advice = f"is {meant} meant?" if meant else "correct its name or remove it"
+            unknown.append(
+                f"{name}: is not a setting of this service, but stands in {place}; {advice}"
+            )
+    return [*empty, *unknown]
+
+
+def _messages(error: ValidationError, values: dict[str, str]) -> list[str]:
+    messages = []
+    for problem in error.errors(include_url=False, include_input=False):
+        names = [str(part).upper() for part in problem["loc"]]
+        message = MESSAGES.get(problem["type"], problem["msg"])
+        if any(" #" in values.get(name, "") for name in names):
+            message += " (a comment needs a line of its own)"
+        messages.append(": ".join([*names, message]))
+    return messages
+
+
+def _is_open(address: str) -> bool:
+    """Tell whether what is sent to an address can be read on its way."""
+    parts = urlsplit(address)
+    return parts.scheme == "http" and not is_loopback(parts.hostname or "")

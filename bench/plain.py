@@ -16,7 +16,7 @@ from app.schemas import DebitRequest
 
 app = FastAPI()
 
-supabase = create_client(os.environ["SUPABASE_URL"], os.environ["SUPABASE_SERVICE_ROLE_KEY"])
+supabase = create_client(os.environ["SUPABASE_URL"], os.environ["SUPABASE_KEY"])
 products_url = os.environ["PRODUCTS_SERVICE_URL"]
 
 

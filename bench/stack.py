@@ -72,7 +72,7 @@ def server(
             *("--log-level", "warning", "--no-access-log"),
             log=log,
             SUPABASE_URL=f"http://127.0.0.1:{gateway_port}",
-            SUPABASE_SERVICE_ROLE_KEY=SERVICE_ROLE_KEY,
+            SUPABASE_KEY=SERVICE_ROLE_KEY,
             PRODUCTS_SERVICE_URL=f"http://127.0.0.1:{products_port}",
             **environment,
         ) as running,

@@ -96,7 +96,8 @@ def _start(arguments: argparse.Namespace, stack: ExitStack) -> subprocess.Popen[
     stack.enter_context(_server("gateway", arguments.gateway_port, postgres_port))
     environment = {
         "SUPABASE_URL": f"http://127.0.0.1:{arguments.gateway_port}",
-        "SUPABASE_SERVICE_ROLE_KEY": SERVICE_ROLE_KEY,
+        "SUPABASE_KEY": SERVICE_ROLE_KEY,
+        "SUPABASE_SERVICE_ROLE_KEY": SERVICE_ROLE_KEY,  # a .env may have another one
         "PRODUCTS_SERVICE_URL": f"http://127.0.0.1:{arguments.products_port}",
     }
     service = stack.enter_context(_server("service", arguments.port, postgres_port, environment))

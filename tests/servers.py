@@ -58,7 +58,7 @@ def service_process(
     port = port or free_port()
     environment = {
         "SUPABASE_URL": supabase_url,
-        "SUPABASE_SERVICE_ROLE_KEY": SERVICE_ROLE_KEY,
+        "SUPABASE_KEY": SERVICE_ROLE_KEY,
         "PRODUCTS_SERVICE_URL": products_service_url,
         **settings,
     }
@@ -174,7 +174,7 @@ def make_settings(**changes: object) -> Settings:
     """Settings as the environment would give them, and nothing from a .env file."""
     values: dict[str, object] = {
         "supabase_url": "http://127.0.0.1:1",
-        "supabase_service_role_key": SERVICE_ROLE_KEY,
+        "supabase_key": SERVICE_ROLE_KEY,
         "products_service_url": "http://127.0.0.1:1",
     }
-    return Settings(_env_file=None, **(values | changes))  # type: ignore[arg-type]  # from text
+    return Settings(**(values | changes))  # type: ignore[arg-type]  # from text

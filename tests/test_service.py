@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jwt
 import pytest
 from database import Database, locked
 from issuer import Issuer, ask, make_token, start
 from servers import RawServer, http_answer, make_settings, served
 
 from app.main import PaymentService
-from devstack.keys import ANON_KEY
+from devstack.keys import JWT_SECRET
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 TABLE = {code: int(status) for code, status in re.findall(r"(?m)^\| `(\w+)` \| (\d{3}) \|", README)}
+KEY_OF_ANOTHER_ROLE = jwt.encode({"role": "kiosk"}, JWT_SECRET, "HS256")
 UNKNOWN_ITEM = "00000000-0000-4000-8000-000000000000"
 
 Response = httpx.Response
@@ -112,7 +114,7 @@ CASES: dict[str, Callable[[Parts], Response]] = {
     "ledger_unavailable": lambda p: p.debit(p.start(supabase_url=NOWHERE)),
     "overloaded": debit_while_another_waits,
     "outcome_unknown": lose_the_response_of_the_ledger,
-    "ledger_rejected": lambda p: p.debit(p.start(supabase_service_role_key=ANON_KEY)),
+    "ledger_rejected": lambda p: p.debit(p.start(supabase_key=KEY_OF_ANOTHER_ROLE)),
     "internal_error": run_into_a_bug,
     "payment_not_found": lambda p: ask(p.service, None),
     "not_found": lambda p: p.service.get("/payment/debit"),

@@ -3,15 +3,18 @@
 import socket
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from uuid import UUID, uuid4
 
 import httpx
+import jwt
 import psycopg
 import pytest
 from database import Database
 from servers import RawServer, SocketServer, http_answer
 
-from devstack.keys import ANON_KEY
+from devstack.keys import JWT_SECRET
 from devstack.postgres import database_url
 
 Start = Callable[..., httpx.Client]
@@ -34,6 +37,8 @@ LEDGER_UNAVAILABLE = (503, "ledger_unavailable", "1")
 OUTCOME_UNKNOWN = (504, "outcome_unknown", None)
 LEDGER_REJECTED = (500, "ledger_rejected", None)
 
+DEEP = b"[" * 5000 + b"]" * 5000
+
 PRODUCTS_NONSENSE = {
     "HTML": HTML,
     "HTML 404": http_answer("404 Not Found", b"<html>nginx</html>", "text/html"),
@@ -42,6 +47,12 @@ PRODUCTS_NONSENSE = {
     "401": http_answer("401 Unauthorized", b'{"detail": "who?"}'),
     "redirect": b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n",
     "empty": http_answer("200 OK", b""),
+    "nested without end": http_answer("200 OK", DEEP),
+    "404 nested without end": http_answer("404 Not Found", DEEP),
+    "a huge number": item_answer(UUID(int=7), f'"price": {"9" * 5000}, "active": true'),
+    "404 with a huge number": http_answer("404 Not Found", b"9" * 5000),
+    "not UTF-8": http_answer("200 OK", b'{"id": "\xff"}'),
+    "404 not UTF-8": http_answer("404 Not Found", b'{"detail": "\xff"}'),
     "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
     "no HTTP": b"220 mail.example.org ESMTP\r\n",
     "nothing": b"",
@@ -192,11 +203,12 @@ def test_a_key_without_the_right_role_is_refused_and_never_ready(
     start_service: Start, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
-    service = start_service(supabase_service_role_key=ANON_KEY)
+    key = jwt.encode({"role": "kiosk"}, JWT_SECRET)
+    service = start_service(supabase_key=key)
     assert debit(service, user_id, item_id) == LEDGER_REJECTED
     assert service.get("/ready").status_code == 503
-    assert "SUPABASE_SERVICE_ROLE_KEY" in caplog.text
-    assert ANON_KEY not in caplog.text
+    assert "SUPABASE_KEY" in caplog.text
+    assert key not in caplog.text
     assert database.debits(user_id) == []
 
 
@@ -210,3 +222,141 @@ def test_a_row_that_somebody_holds_is_not_charged_after_the_lock_timeout(
         somebody.rollback()
     assert database.debits(user_id) == []
     assert debit(service, user_id, item_id)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (None, "no response within 2 s"),
+        (b"", "the connection broke before the response was complete"),
+        (BAD_GATEWAY, "status 502"),
+        (HTML, "the response is not as documented"),
+    ],
+)
+def test_the_log_tells_why_a_call_of_the_products_service_failed(
+    start_service: Start,
+    database: Database,
+    caplog: pytest.LogCaptureFixture,
+    answer: bytes | None,
+    reason: str,
+) -> None:
+    with RawServer(answer, holds=answer is None) as products:
+        debit(start_service(products_service_url=products.url), 1, UUID(int=7))
+    assert f"products service: {reason}" in caplog.messages
+
+
+def test_the_log_tells_a_refused_connection_from_a_slow_one(
+    start_service: Start, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    debit(start_service(products_service_url="http://127.0.0.1:1"), 1, UUID(int=7))
+    assert "products service: no connection (Connect" in caplog.text
+
+
+def waiting_answer(status: str, retry_after: str, body: bytes = b"<html>Slow down</html>") -> bytes:
+    head = (
+        f"HTTP/1.1 {status}\r\nRetry-After: {retry_after}\r\nContent-Length: {len(body)}\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+LATER = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "seconds"),
+    [
+        (waiting_answer("429 Too Many Requests", "30"), 30),
+        (waiting_answer("429 Too Many Requests", "30", b'{"message": "rate limit"}'), 30),
+        (waiting_answer("429 Too Many Requests", LATER), 60),
+        (waiting_answer("429 Too Many Requests", "9" * 5000), 60),
+    ],
+    ids=["HTML", "JSON", "a date", "absurd"],
+)
+def test_a_gateway_that_asks_to_wait_is_not_called_meanwhile(
+    start_service: Start, database: Database, answer: bytes, seconds: int
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    with RawServer(answer) as gateway:
+        service = start_service(supabase_url=gateway.url)
+        while service.get("/ready").json()["dependencies"]["ledger"] == "not asked yet":
+            time.sleep(0.01)
+        for _ in range(3):
+            status, code, retry_after = debit(service, user_id, item_id)
+            assert (status, code) == (503, "ledger_unavailable")  # it was never sent
+            assert seconds - 5 < int(retry_after or 0) <= seconds
+        assert len(gateway.requests) == 1
+
+
+class LimitingGateway(SocketServer):
+    """Answers the first call, debits included, with 429; the debit is done all the same."""
+
+    def __init__(self, gateway_url: str, retry_after: str) -> None:
+        super().__init__(self._limit)
+        self.calls = 0
+        self._gateway_url = gateway_url
+        self._retry_after = retry_after
+
+    def _limit(self, connection: socket.socket, request: bytes) -> None:
+        head, _, body = request.partition(b"\r\n\r\n")
+        if not body:
+            return
+        headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+        kept = {name: headers[name] for name in headers if name.lower() in KEPT}
+        path = head.decode().split(" ")[1]
+        answer = httpx.post(self._gateway_url + path, content=body, headers=kept)
+        is_probe = path.endswith("check_ledger")
+        self.calls += not is_probe
+        if is_probe or self.calls > 1:
+            connection.sendall(http_answer("200 OK", answer.content))
+        else:
+            connection.sendall(waiting_answer("429 Too Many Requests", self._retry_after))
+
+
+KEPT = {"apikey", "authorization", "content-type"}
+
+
+def test_a_debit_that_a_gateway_limits_is_unknown_until_it_may_be_asked_for(
+    start_service: Start, gateway_url: str, database: Database
+) -> None:
+    item_id = database.add_item(price=350)
+    for retry_after, told in (("1", 200), ("30", 504)):
+        user_id = database.add_user()
+        with LimitingGateway(gateway_url, retry_after) as gateway:
+            service = start_service(supabase_url=gateway.url)
+            while service.get("/ready").status_code != 200:
+                time.sleep(0.01)
+            body = {"user_id": user_id, "item_id": str(item_id)}
+            key = {"Idempotency-Key": str(uuid4())}
+            response = service.post("/payments/debit", json=body, headers=key)
+            assert response.status_code == told
+            assert database.debits(user_id) == [350]
+            assert gateway.calls == (2 if told == 200 else 1)
+            if told == 504:
+                assert "retry-after" not in response.headers
+                without_key = service.post("/payments/debit", json=body)
+                assert without_key.json()["code"] == "ledger_unavailable"
+                assert gateway.calls == 1
+
+
+def test_an_unknown_debit_without_a_key_is_not_asked_for_again(
+    start_service: Start, gateway_url: str, database: Database
+) -> None:
+    item_id, user_id = database.add_item(), database.add_user()
+    with LimitingGateway(gateway_url, "30") as gateway:
+        service = start_service(supabase_url=gateway.url)
+        while service.get("/ready").status_code != 200:
+            time.sleep(0.01)
+        assert debit(service, user_id, item_id) == OUTCOME_UNKNOWN
+
+
+def test_a_products_service_that_asks_to_wait_is_not_called_meanwhile(
+    start_service: Start, database: Database
+) -> None:
+    with RawServer(waiting_answer("429 Too Many Requests", "30")) as products:
+        service = start_service(products_service_url=products.url)
+        for _ in range(3):
+            status, code, retry_after = debit(service, 1, uuid4())
+            assert (status, code) == (503, "products_unavailable")
+            assert 25 < int(retry_after or 0) <= 30
+        assert len(products.requests) == 1

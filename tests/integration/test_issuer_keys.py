@@ -134,7 +134,19 @@ def test_waiting_for_the_issuer_is_part_of_the_time_that_a_request_has(
     assert answer.elapsed.total_seconds() < KEYS_TIMEOUT_SECONDS
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"[]", b'{"keys": []}', b'{"keys": [{"kty": "oct"}]}'])
+BODIES = {
+    "HTML": b"<html>",
+    "an array": b"[]",
+    "no keys": b'{"keys": []}',
+    "a secret": b'{"keys": [{"kty": "oct"}]}',
+    "nested without end": b"[" * 5000 + b"]" * 5000,
+    "keys nested without end": b'{"keys": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+    "a huge number": b'{"keys": %s}' % (b"9" * 5000),
+    "not UTF-8": b'{"keys": "\xff"}',
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
 def test_an_answer_without_keys_is_no_word_about_the_token(
     start_service: Start, body: bytes
 ) -> None:
@@ -186,3 +198,59 @@ def test_an_rsa_key_that_names_no_algorithm_goes_with_any_of_its_kind(start_serv
         del issuer.keys[0]["alg"]
         service = start(start_service, issuer)
         assert code(ask(service, make_token("first", "RS256"))) == LET_IN
+
+
+def test_several_keys_of_one_id_are_all_valid(start_service: Start) -> None:
+    signed_by = [("a", "RS256"), ("a", "RS512"), ("a", "ES256"), ("b", "RS256"), ("c", "EdDSA")]
+    keys = [published(name, algorithm) | {"kid": "one"} for name, algorithm in signed_by]
+    with Issuer(*keys) as issuer:
+        service = start(start_service, issuer)
+        for _ in range(2):
+            for name, algorithm in signed_by:
+                token = make_token(name, algorithm, key_id="one")
+                assert code(ask(service, token)) == LET_IN
+        forged = ask(service, make_token("forger", "RS256", key_id="one"))
+        assert forged.json()["detail"] == "The token's signature is not valid"
+
+
+def test_a_key_of_several_with_one_id_ends_when_it_is_withdrawn(start_service: Start) -> None:
+    with Issuer(published("a", "RS256") | {"kid": "one"}) as issuer:
+        issuer.keys.append(published("b", "ES256") | {"kid": "one"})
+        service = start(start_service, issuer)
+        token = make_token("b", "ES256", key_id="one")
+        assert code(ask(service, token)) == LET_IN
+        issuer.keys[1] = published("second", "RS256")
+        assert code(ask(service, make_token("second"))) == LET_IN
+        assert code(ask(service, token)) == "unauthenticated"
+
+
+def test_an_issuer_that_asks_to_wait_is_not_called_meanwhile(start_service: Start) -> None:
+    head = b"HTTP/1.1 429 Too Many\r\nRetry-After: 30\r\nContent-Length: 0\r\n"
+    with RawServer(head + b"Connection: close\r\n\r\n") as issuer:
+        service = start_service(auth_jwks_url=issuer.url)
+        waits = [int(ask(service, make_token()).headers["retry-after"]) for _ in range(3)]
+    assert all(25 < seconds <= 30 for seconds in waits)
+    assert len(issuer.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://127.0.0.1:1/certs", "no connection ("),
+        ("http://nowhere.invalid/certs", "the host name cannot be resolved"),
+    ],
+)
+def test_the_log_tells_why_the_keys_did_not_come(
+    start_service: Start, caplog: pytest.LogCaptureFixture, url: str, reason: str
+) -> None:
+    service = start_service(auth_jwks_url=url, auth_plain_http_allowed=True)
+    assert code(ask(service, make_token())) == "authentication_unavailable"
+    assert f"cannot be fetched from AUTH_JWKS_URL: {reason}" in caplog.text
+
+
+def test_the_log_tells_that_the_issuer_was_too_slow(
+    start_service: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RawServer(None, holds=True) as silent:
+        ask(start_service(auth_jwks_url=silent.url), make_token())
+    assert "AUTH_JWKS_URL: no response within 2 s" in caplog.text

@@ -186,7 +186,7 @@ def test_a_pod_gets_debits_soon_after_it_is_ready() -> None:
 
 def test_the_configuration_is_one_that_the_service_accepts() -> None:
     data = {name.lower(): value for name, value in OBJECTS["ConfigMap"]["data"].items()}
-    assert set(data) <= set(Settings.model_fields) - {"supabase_url", "supabase_service_role_key"}
+    assert set(data) <= set(Settings.model_fields) - {"supabase_url", "supabase_key"}
     settings = make_settings(**data)
     assert {name: getattr(settings, name) for name in data} == data
 

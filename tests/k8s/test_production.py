@@ -101,7 +101,7 @@ def test_payments_need_a_token_and_the_service_accepts_the_configuration(
     objects: dict[str, dict[str, Any]],
 ) -> None:
     data = {name.lower(): value for name, value in objects["ConfigMap"]["data"].items()}
-    assert set(data) <= set(Settings.model_fields) - {"supabase_url", "supabase_service_role_key"}
+    assert set(data) <= set(Settings.model_fields) - {"supabase_url", "supabase_key"}
     settings = make_settings(**data)
     assert {name: getattr(settings, name) for name in data} == data
     for name in ("auth_jwks_url", "auth_issuer", "auth_audience", "auth_required_role"):

@@ -1,0 +1,128 @@
+"""Where only a proxy leads out, it is used; what is near is called directly."""
+
+import socket
+from collections.abc import Callable
+
+import httpx
+import pytest
+from database import Database
+from issuer import LET_IN, ask, code, make_token
+from servers import RawServer, SocketServer, http_answer
+
+from app.environment import SettingsError
+from app.proxies import find_proxy
+
+Start = Callable[..., httpx.Client]
+VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+OUTSIDE = "supabase.example.org"
+
+
+class Proxy(SocketServer):
+    """An HTTP proxy that reaches one server, whatever the host's name."""
+
+    def __init__(self, target_url: str) -> None:
+        super().__init__(self._relay)
+        self.hosts: list[str] = []
+        self._target_url = target_url
+
+    def _relay(self, connection: socket.socket, request: bytes) -> None:
+        head, _, body = request.partition(b"\r\n\r\n")
+        first, *lines = head.decode().split("\r\n")
+        method, url, _ = first.split(" ")
+        self.hosts.append(httpx.URL(url).host)
+        headers = dict(line.split(": ", 1) for line in lines)
+        kept = {name: headers[name] for name in headers if name.lower() in KEPT}
+        answer = httpx.request(
+            method, self._target_url + httpx.URL(url).path, content=body, headers=kept
+        )
+        connection.sendall(http_answer(f"{answer.status_code} X", answer.content))
+
+
+KEPT = {"apikey", "authorization", "content-type"}
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")  # for the test's own client
+
+
+def test_supabase_is_called_through_the_proxy(
+    start_service: Start,
+    gateway_url: str,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    with Proxy(gateway_url) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        service = start_service(supabase_url=f"http://{OUTSIDE}")
+        body = {"user_id": user_id, "item_id": str(item_id)}
+        assert service.post("/payments/debit", json=body).status_code == 200
+    assert set(proxy.hosts) == {OUTSIDE}
+
+
+def test_the_issuers_keys_are_fetched_through_the_proxy(
+    start_service: Start, issuer: SocketServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Proxy(issuer.url) as proxy:
+        monkeypatch.setenv("ALL_PROXY", proxy.url.removeprefix("http://"))
+        service = start_service(
+            auth_jwks_url="http://login.example.org/certs", auth_plain_http_allowed=True
+        )
+        assert code(ask(service, make_token())) == LET_IN
+    assert proxy.hosts == ["login.example.org"]
+
+
+def test_a_proxy_that_does_not_connect_has_not_charged(
+    start_service: Start, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    with RawServer(http_answer("403 Forbidden", b"no")) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        service = start_service(supabase_url=f"https://{OUTSIDE}")
+        assert code(service.post("/payments/debit", json=body)) == "ledger_unavailable"
+    assert proxy.requests[0].startswith(f"CONNECT {OUTSIDE}:443 ".encode())
+    service = start_service(supabase_url=f"https://{OUTSIDE}")  # now it is down
+    assert code(service.post("/payments/debit", json=body)) == "ledger_unavailable"
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "address"),
+    [
+        ("", "http://localhost:8001"),
+        ("", "http://127.0.0.1:8001"),
+        ("", "http://[::1]:8001"),
+        ("", "http://products-service:8001"),
+        ("", "http://products-service.products.svc:8001"),
+        ("", "http://products.shop.svc.cluster.local"),
+        (".example.org", "https://shop.example.org"),
+        ("example.org:443,other", "https://shop.example.org:443"),
+        ("*", "https://shop.example.org"),
+        ("10.0.0.0/8", "http://10.1.2.3:8001"),
+        ("10.1.2.3", "http://10.1.2.3:8001"),
+    ],
+)
+def test_what_is_near_or_excepted_is_called_directly(
+    monkeypatch: pytest.MonkeyPatch, no_proxy: str, address: str
+) -> None:
+    monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("NO_PROXY", no_proxy)
+    assert find_proxy(address) is None
+
+
+def test_each_scheme_has_its_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:pass@proxy:3128")
+    assert find_proxy("https://shop.example.org") == "http://user:pass@proxy:3128"
+    assert find_proxy("http://shop.example.org") is None
+
+
+def test_a_proxy_that_cannot_be_used_is_named_without_its_password(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "socks5://user:secret@proxy:1080")
+    with pytest.raises(SettingsError, match="HTTPS_PROXY should be") as raised:
+        find_proxy("https://shop.example.org")
+    assert "secret" not in str(raised.value)
