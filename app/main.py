@@ -34,6 +34,7 @@ from app.routes import PROTECTED_PATHS, Services, add_routes
 from app.schemas import DebitRequest, Payment, Problem, SchemasAsWritten
 from app.settings import Settings, SettingsError, load_settings
 from app.tracing import RequestSpans, pass_on_traceparent
+from app.workers import SeveralWorkersError, refuse_several_workers
 
 CONNECT_TIMEOUT_SECONDS = 1.0
 GARBAGE_THRESHOLD = 5_000  # objects; higher takes memory and gains nothing
@@ -67,11 +68,13 @@ class PaymentService(FastAPI):
             docs_url=None,  # add_documentation brings both pages without their CDN
             redoc_url=None,
             redirect_slashes=False,
+            # Relative to the document, so that it is right under a prefix that a proxy removes.
+            servers=[{"url": "."}],
+            root_path_in_servers=False,
             # RequestSpans instead: FastAPI's own spans hold the query, and that callers' keys.
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         self.settings = settings
-        self.add_middleware(RequestContext, routes=self.routes)
         self.add_exception_handler(PaymentError, answer_payment_error)
         self.add_exception_handler(RequestValidationError, answer_invalid_parameters)
         self.add_exception_handler(HTTPException, answer_http_exception)
@@ -81,13 +84,17 @@ class PaymentService(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             try:
+                refuse_several_workers()
                 self.settings = self.settings or load_settings()
-            except SettingsError as error:
+            except (SettingsError, SeveralWorkersError) as error:
                 # Raised in the lifespan it would reach the operator as a traceback.
                 await receive()
                 await send({"type": "lifespan.startup.failed", "message": str(error)})
                 return
             configure_logging(self.settings.log_level)
+            if self.middleware_stack is None:
+                origins = self.settings.cors_allowed_origins
+                self.add_middleware(RequestContext, routes=self.routes, allowed_origins=origins)
             if self.settings.otel_exporter_otlp_endpoint:
                 self.add_middleware(RequestSpans)
         await super().__call__(scope, receive, send)

@@ -5,13 +5,14 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     Field,
     SecretStr,
     StringConstraints,
     ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 
 def _web_address(address: str) -> str:
@@ -51,6 +52,26 @@ def _header_value(secret: SecretStr) -> SecretStr:
     return SecretStr(text)
 
 
+def _split(text: object) -> object:
+    return text.split(",") if isinstance(text, str) else text
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers send it: in lower case, without the scheme's own port."""
+    origin = text.strip().lower()
+    parts = urlsplit(_web_address(origin)) if origin != "*" else None
+    if parts is None or origin != f"{parts.scheme}://{parts.netloc}" or not origin.isascii():
+        raise ValueError(
+            "should be origins such as https://kiosk.example.org, separated by commas, without "
+            "paths; * is not allowed, because any web page could then charge cards"
+        )
+    own_port = {"http": ":80", "https": ":443"}[parts.scheme]
+    return origin.removesuffix(own_port)
+
+
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(_origin)], ...], NoDecode, BeforeValidator(_split)
+]
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 KeysAddress = Annotated[Name, AfterValidator(_web_address)]
 ServiceAddress = Annotated[Name, AfterValidator(_service_address)]
@@ -96,6 +117,9 @@ class Settings(BaseSettings):
     auth_audience: Name | None = Field(None, description="What a token's aud has to name.")
     auth_required_role: Name | None = Field(
         None, description="The role or scope that a token has to carry."
+    )
+    cors_allowed_origins: Origins = Field(
+        (), description="Origins of web pages whose scripts may call the service."
     )
     otel_exporter_otlp_endpoint: CollectorAddress | None = Field(
         None, description="A collector of traces that speaks OTLP over HTTP; turns traces on."
