@@ -43,12 +43,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._flow: _Flow  # the flow of uvicorn's class
         self._reserved = False
         self._refused = False
+        self._is_offer = False
         self._head_bytes = 0  # of a head that is not complete yet
         self._waiting = bytearray()  # received and not parsed yet
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._awaited: object = COMPLETE
         self._running: RequestResponseCycle | None = None
+        self._idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
@@ -67,6 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._running.disconnected = True  # uvicorn's class tells only the latest request
             self._running.message_event.set()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()
         self._await_part(COMPLETE)
         self.resume_writing()
         self._waiting.clear()
@@ -80,7 +83,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self._unset_keepalive_if_required()
         if (
             self._waiting
             or len(data) > PIECE_BYTES_MAX
@@ -91,7 +93,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._parse_waiting()
         else:
             self._parse(data)
-        self._watch_reading()
 
     def _parse_waiting(self) -> None:
         """Parse one head at a time, until enough requests wait for their responses."""
@@ -108,16 +109,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as offer:
             self._ignore_upgrade(data[offer.args[0] :])
+            return
         except httptools.HttpParserError as error:
             reason = error.__context__
             self._refuse(reason if isinstance(reason, PaymentError) else MalformedRequest())
-        else:
-            if self._is_in_head():
-                self._head_bytes += len(data)
-                if self._head_bytes > HEAD_BYTES_MAX + PIECE_BYTES_MAX:
-                    self._refuse(HeadersTooLarge())
+            return
+        cycle = self.cycle
+        if cycle is None or cycle.scope is not self.scope:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_BYTES_MAX + PIECE_BYTES_MAX:
+                self._refuse(HeadersTooLarge())
             else:
-                self._head_bytes = 0
+                self._await_part(self.scope)
+        elif cycle.more_body:
+            self._head_bytes = 0
+            self._await_part(cycle)
+        elif self._read_timer is not None:
+            self._head_bytes = 0
+            self._await_part(COMPLETE)
 
     def _ignore_upgrade(self, rest: bytes) -> None:
         """Parse the head again without its offer, which RFC 9110 (7.8) lets a server ignore.
@@ -138,7 +147,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._parse(rest)
 
     def on_headers_complete(self) -> None:
-        if self.parser.should_upgrade():
+        self._is_offer = self.parser.should_upgrade()
+        if self._is_offer:
             return  # the parser stops now, and the head is parsed again without the offer
         if self._head_bytes and self._head_size() > HEAD_BYTES_MAX:
             raise HeadersTooLarge
@@ -147,7 +157,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
-        if self.parser.should_upgrade():
+        if self._is_offer:
             return
         self.cycle.more_body = False
         self.cycle.message_event.set()
@@ -157,11 +167,19 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._waiting and not self.transport.is_closing():
-            self._unset_keepalive_if_required()
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        # uvicorn's class starts and cancels a timer for each request; one that is checked when it
+        # ends makes up for what the limits cost.
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._await_idle(self.timeout_keep_alive)
+        if self._waiting:
             self._parse_waiting()
-            self._watch_reading()
 
     def _is_in_head(self) -> bool:
         return self.cycle is None or self.cycle.scope is not self.scope
@@ -172,24 +190,24 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     # Deadlines
 
-    def _watch_reading(self) -> None:
-        """Set a deadline for what is missing of the request: its head, or its body."""
-        if self._refused:
-            return
-        if self._is_in_head():
-            self._await_part(self.scope)
-        elif self.cycle.more_body:
-            self._await_part(self.cycle)
+    def _await_idle(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self._end_idle)
+
+    def _end_idle(self) -> None:
+        """Close the connection if it had no request for the time of keep-alive."""
+        self.timeout_keep_alive_task = None
+        if not self.cycle.response_complete:
+            return  # its response sets the timer again
+        seconds = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if self._read_timer is not None:  # a request arrives
+            self._await_idle(self.timeout_keep_alive)
+        elif seconds > 0:
+            self._await_idle(seconds)
         else:
-            if self._read_timer is not None:
-                self._await_part(COMPLETE)
-            if self.cycle.response_complete and self.timeout_keep_alive_task is None:
-                self.timeout_keep_alive_task = self.loop.call_later(
-                    self.timeout_keep_alive, self.timeout_keep_alive_handler
-                )
+            self.transport.close()
 
     def _await_part(self, part: object) -> None:
-        """Start the deadline of a part, unless it runs already; none for COMPLETE."""
+        """Start the deadline of a part of a request, unless it runs already; none for COMPLETE."""
         if part is self._awaited and self._read_timer is not None:
             return
         if self._read_timer is not None:

@@ -23,9 +23,9 @@ START_TIMEOUT_SECONDS = 10
 
 
 @contextmanager
-def served(app: ASGIApp) -> Iterator[str]:
+def served(app: ASGIApp, root_path: str = "") -> Iterator[str]:
     """Serve an application over HTTP from a thread; yields its address."""
-    server = uvicorn.Server(make_config(app))
+    server = uvicorn.Server(make_config(app, root_path=root_path))
     sockets = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()

@@ -1,15 +1,19 @@
 """`python -m app`: where it listens, and what it refuses at the start."""
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-from servers import await_ready, free_port, service_process
+from database import Database
+from servers import RawServer, await_ready, free_port, service_process
 
 from app.server import listen
 
@@ -66,6 +70,62 @@ def await_health(port: int) -> None:
         except httpx.HTTPError:
             continue
         return
+
+
+def test_a_request_that_is_cut_off_at_the_end_is_one_line_and_no_traceback(
+    products_url: str, database: Database, tmp_path: Path
+) -> None:
+    """Started otherwise than here, the server may be told to wait no longer than this."""
+    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = ["uvicorn", "app.main:app", "--port", str(port), "--log-level", "warning"]
+    command += ["--timeout-graceful-shutdown", "1"]
+    log = tmp_path / "log"
+    with RawServer(None, holds=True) as gateway, log.open("wb") as file:
+        environment = SETTINGS | {"SUPABASE_URL": gateway.url, "PRODUCTS_SERVICE_URL": products_url}
+        with (
+            subprocess.Popen(
+                [sys.executable, "-m", *command], env=environment, cwd=ROOT / "tests", stderr=file
+            ) as process,
+            ThreadPoolExecutor() as pool,
+        ):
+            await_health(port)
+            debit = pool.submit(httpx.post, f"{address}/payments/debit", json=body, timeout=30)
+            while not any(str(body["item_id"]).encode() in one for one in gateway.requests):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            process.wait(15)
+            response = debit.result()
+    assert (response.status_code, response.json()["code"]) == (500, "internal_error")
+    assert "the service stopped" in response.json()["detail"].lower()
+    assert "Traceback" not in log.read_text()
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line[0] == "{"]
+    assert [line["code"] for line in lines if line.get("route") == "/payments/debit"] == ["cut_off"]
+
+
+def test_the_query_of_a_handshake_is_not_logged_by_another_start_either(tmp_path: Path) -> None:
+    port = free_port()
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port)],
+            env=SETTINGS,
+            cwd=ROOT / "tests",
+            stderr=file,
+        ) as process,
+    ):
+        await_health(port)
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(
+                b"GET /payments/outcome?idempotency_key=secret HTTP/1.1\r\nHost: x\r\n"
+                b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+            )
+            assert connection.recv(1024).startswith(b"HTTP/1.1 403")
+        process.send_signal(signal.SIGTERM)
+    assert "secret" not in log.read_text()
 
 
 def test_all_addresses_get_the_same_port() -> None:
