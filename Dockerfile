@@ -25,7 +25,7 @@ EXPOSE 8002
 # Without a proxy: one that Docker sets for the container does not know the container's loopback.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
     CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:8002/health', timeout=2)"]
-CMD ["python", "-m", "app"]
+CMD ["python", "-m", "app", "--port", "8002"]
 # Last, since they change with every build: --build-arg REVISION=$(git rev-parse HEAD)
 ARG VERSION=unknown
 ARG REVISION=unknown
