@@ -249,8 +249,10 @@ def _now() -> float:
 def _describe(error: Exception) -> str:
     if isinstance(error, APIError):
         return f"{error.code or 'an answer without a code:'} {error.message}"
-    return f"{type(error).__name__} {_first_line(error)}"
+    # The transport calls every failed connection a timeout; its cause says what it was.
+    cause = error.__cause__ or error
+    return f"{type(cause).__name__} {_first_line(cause)}"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "")
