@@ -21,11 +21,13 @@ def main() -> None:
     url = os.environ.get("DATABASE_URL")
     if not url:
         sys.exit("Name the database: make check-database DATABASE_URL=postgresql://...")
-    (check,) = (SUPABASE_DIRECTORY / "migrations").glob("*_check.sql")
+    (file,) = (SUPABASE_DIRECTORY / "migrations").glob("*_check.sql")
+    # Without the statements around it, which open a transaction and make a schema.
+    _, check, _ = file.read_text().split("$check$")
     try:
         with psycopg.connect(url, connect_timeout=5) as connection:
             connection.read_only = True
-            connection.execute(check.read_bytes())
+            connection.execute(f"do $check${check}$check$".encode())
             connection.rollback()
     except psycopg.errors.ObjectNotInPrerequisiteState as stopped:
         sys.exit(stopped.diag.message_primary)

@@ -10,8 +10,44 @@
 
 begin;
 
-set local lock_timeout = '10s';
-lock table public."Users", public."Transaction_History" in access exclusive mode;
+set local statement_timeout = 0;
+
+do $$
+begin
+  if obj_description(to_regnamespace('ledger'), 'pg_namespace') is null
+    or to_regclass('ledger.declines') is null then
+    raise exception using
+      errcode = 'object_not_in_prerequisite_state',
+      message = 'The migration before this one was not applied; apply the files in order, and read '
+      'the message of the first that fails.';
+  end if;
+end
+$$;
+
+-- All three at once: writers that take them in another order would end in a deadlock. Giving up for
+-- a moment lets them through.
+do $$
+begin
+  perform set_config('lock_timeout', '300ms', true);
+  for attempt in 1..60 loop
+    begin
+      lock table public."Items", public."Users", public."Transaction_History"
+      in access exclusive mode;
+      perform set_config('lock_timeout', '10s', true);
+      return;
+    exception when lock_not_available then
+      perform pg_sleep(0.1 + random() * 0.3);
+    end;
+  end loop;
+  raise exception using
+    errcode = 'lock_not_available',
+    message = 'The tables are in use, and this file changed nothing. Stop the programs that write to '
+    'them, or apply it again later: pg_stat_activity shows who holds them.';
+end
+$$;
+
+-- Deferred checks and triggers would be pending when a table is altered.
+set constraints all immediate;
 
 drop trigger if exists verify_entry on public."Transaction_History";
 drop trigger if exists refuse_change on public."Transaction_History";
@@ -68,6 +104,9 @@ alter column id set default gen_random_uuid(),
 alter column created_at set default now();
 
 do $$
+declare
+  others text[];
+  states text[];
 begin
   -- Only the first time, when no entry has its number yet: a balance that differs from the entries
   -- later is an error, which the audit reports.
@@ -77,6 +116,14 @@ begin
   ) then
     return;
   end if;
+
+  -- Webhooks and the like tell of new entries, not of old ones.
+  select array_agg(tgname), array_agg(case tgenabled when 'A' then 'enable always' else 'enable' end)
+  into others, states
+  from pg_trigger
+  where tgrelid = 'public."Transaction_History"'::regclass and not tgisinternal
+    and tgenabled in ('O', 'A');
+  alter table public."Transaction_History" disable trigger user;
 
   update public."Transaction_History" set amount_delta = 0 where amount_delta is null;
 
@@ -113,6 +160,12 @@ begin
     )
   ) as numbered
   where entry.id = numbered.id;
+
+  for place in 1..coalesce(cardinality(others), 0) loop
+    execute format(
+      'alter table public."Transaction_History" %s trigger %I', states[place], others[place]
+    );
+  end loop;
 end
 $$;
 
@@ -145,25 +198,35 @@ alter table public."Transaction_History"
 add constraint transaction_history_idempotency_key_length
 check (char_length(idempotency_key) between 1 and 255);
 
+-- A foreign key of another column does not count, and may have taken the usual name.
 do $$
+declare
+  missing record;
 begin
-  if not exists (
-    select from pg_constraint
-    where conrelid = 'public."Transaction_History"'::regclass
-      and confrelid = 'public."Users"'::regclass
-  ) then
-    alter table public."Transaction_History"
-    add constraint transaction_history_user_id_fkey
-    foreign key (user_id) references public."Users" (card_id);
-  end if;
-  if not exists (
-    select from pg_constraint
-    where conrelid = 'public."Transaction_History"'::regclass
-      and confrelid = 'public."Items"'::regclass
-  ) then
-    alter table public."Transaction_History"
-    add constraint transaction_history_item_fkey foreign key (item) references public."Items" (id);
-  end if;
+  for missing in
+    select wanted.column_name, wanted.target, wanted.key
+    from (values
+      ('user_id', 'public."Users"'::regclass, 'card_id'),
+      ('item', 'public."Items"'::regclass, 'id')
+    ) as wanted (column_name, target, key)
+    where not exists (
+      select from pg_constraint
+      cross join unnest(conkey, confkey) as pair (own_number, target_number)
+      inner join pg_attribute as own
+        on pg_constraint.conrelid = own.attrelid and pair.own_number = own.attnum
+      inner join pg_attribute as target
+        on pg_constraint.confrelid = target.attrelid and pair.target_number = target.attnum
+      where pg_constraint.conrelid = 'public."Transaction_History"'::regclass
+        and pg_constraint.contype = 'f'
+        and pg_constraint.confrelid = wanted.target
+        and own.attname = wanted.column_name and target.attname = wanted.key
+    )
+  loop
+    execute format(
+      'alter table public."Transaction_History" add foreign key (%I) references %s (%I)',
+      missing.column_name, missing.target, missing.key
+    );
+  end loop;
 end
 $$;
 
@@ -286,7 +349,8 @@ for each statement execute function ledger.refuse_change();
 
 alter table public."Transaction_History" enable row level security;
 
-revoke all on public."Transaction_History" from public, anon, authenticated, service_role;
+revoke all on public."Transaction_History"
+from public, anon, authenticated, service_role cascade;
 grant select on public."Transaction_History" to service_role;
 
 revoke all on function

@@ -20,20 +20,32 @@
 
 begin;
 
--- An older debit_use would make the call ambiguous to PostgREST.
+-- Nothing is done unless the file before was applied. An older debit_use would make the call
+-- ambiguous to PostgREST, or return something else.
 do $$
 declare
   older record;
 begin
+  if obj_description(to_regnamespace('ledger'), 'pg_namespace') is null
+    or to_regprocedure('ledger.verify_entry()') is null then
+    raise exception using
+      errcode = 'object_not_in_prerequisite_state',
+      message = 'The migration before this one was not applied; apply the files in order, and read '
+      'the message of the first that fails.';
+  end if;
+
   for older in
     select oid::regprocedure as name, prokind from pg_proc
     where pronamespace = 'public'::regnamespace
       and proname in ('debit_use', 'debit_use_batch', 'find_payment')
-      and pg_get_function_identity_arguments(oid) not in (
-        'user_id_input bigint, item_input uuid, idempotency_key_input text, '
-        'expected_price_input bigint',
-        'debits jsonb',
-        'user_id_input bigint, idempotency_key_input text'
+      and (
+        prorettype <> 'jsonb'::regtype or proretset
+        or pg_get_function_identity_arguments(oid) not in (
+          'user_id_input bigint, item_input uuid, idempotency_key_input text, '
+          'expected_price_input bigint',
+          'debits jsonb',
+          'user_id_input bigint, idempotency_key_input text'
+        )
       )
   loop
     execute format('drop routine %s', older.name);
@@ -41,8 +53,7 @@ begin
 end
 $$;
 
--- The only insert of the functions: an entry, and the balance that follows from it. The caller
--- holds the user's row.
+-- Writes an entry and the balance that follows from it. The caller holds the user's row.
 create or replace function ledger.append(
   user_id_input bigint,
   kind_input text,
@@ -322,17 +333,59 @@ begin
         'idempotency_key', 'outcome'
       )
     union all
+    select format('column %s of %s may be null', attname, attrelid::regclass)
+    from pg_attribute
+    where not attnotnull and not attisdropped
+      and (
+        (
+          attrelid = to_regclass('public."Users"') and attname in ('card_id', 'balance', 'active')
+        )
+        or (attrelid = to_regclass('public."Items"') and attname in ('id', 'price', 'active'))
+        or (
+          attrelid = to_regclass('public."Transaction_History"')
+          and attname in (
+            'id', 'user_id', 'amount_delta', 'created_at', 'seq', 'kind', 'balance_after'
+          )
+        )
+      )
+    union all
+    select 'column id of public."Transaction_History" has no default'
+    from pg_attribute
+    where attrelid = to_regclass('public."Transaction_History"') and attname = 'id'
+      and not atthasdef
+    union all
+    select format(
+      'unique index %s of public."Transaction_History" could reject a debit', index.indexrelid::regclass
+    )
+    from pg_index as index
+    where index.indrelid = to_regclass('public."Transaction_History"') and index.indisunique
+      and not exists (
+        select from pg_attribute as attribute
+        where attribute.attrelid = index.indrelid and attribute.attnum = any(index.indkey)
+          and (
+            attribute.attname in ('id', 'seq', 'idempotency_key') or attribute.attidentity <> ''
+            -- Nobody fills it, or a function gives each its own.
+            or attribute.attname not in (
+              'user_id', 'item', 'amount_delta', 'created_at', 'kind', 'balance_after',
+              'expected_price'
+            )
+          )
+      )
+    union all
     select format('trigger %s of %s is missing or disabled', wanted.name, wanted.table_name)
     from (values
       ('public."Users"', 'explain_balance'),
       ('public."Users"', 'explain_first_balance'),
       ('public."Transaction_History"', 'verify_entry'),
       ('public."Transaction_History"', 'refuse_change'),
-      ('ledger.declines', 'refuse_change')
+      ('public."Transaction_History"', 'refuse_truncate'),
+      ('ledger.declines', 'refuse_change'),
+      ('ledger.declines', 'refuse_truncate')
     ) as wanted (table_name, name)
     where not exists (
       select from pg_trigger
-      where tgrelid = to_regclass(wanted.table_name) and tgname = wanted.name and tgenabled = 'O'
+      where tgrelid = to_regclass(wanted.table_name) and tgname = wanted.name
+        and tgenabled in ('O', 'A')
     )
   ) as found;
   if faults is not null then
@@ -345,76 +398,196 @@ begin
 end
 $$;
 
--- Objects of others that reach the tables of the ledger past its rules: triggers, and views and
--- functions that anon or authenticated may use. The first migration stops at them, with the same
--- query.
+-- Objects of others that reach the tables of the ledger past its rules: triggers, and what anon or
+-- authenticated may use. The first migration stops at the latter with the same query. A table whose
+-- name is put together from parts, and functions in C, are not seen.
 create or replace function ledger.find_foreign_access() returns table (fault text, fix text)
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
   with recursive tables (oid, name) as (
     select class.oid, class.relname::text from pg_class as class
-    where class.relnamespace = 'public'::regnamespace
-      and class.relname in ('Users', 'Items', 'Transaction_History')
+    where class.oid in (
+      to_regclass('public."Users"'), to_regclass('public."Items"'),
+      to_regclass('public."Transaction_History"'), to_regclass('ledger.declines')
+    )
   ),
 
-  views (oid) as (
-    select tables.oid from tables
+  routines (oid, source) as materialized (
+    select function.oid, coalesce(pg_get_function_sqlbody(function.oid), function.prosrc)
+    from pg_proc as function
+    where function.prokind in ('f', 'p', 'w')
+      and function.pronamespace not in (
+        'pg_catalog'::regnamespace, 'information_schema'::regnamespace
+      )
+      and not exists (
+        select from pg_depend as depend
+        where depend.classid = 'pg_proc'::regclass and depend.objid = function.oid
+          and depend.deptype = 'e'
+      )
+  ),
+
+  -- What reads or writes the tables of the ledger, directly or through others: views and rules by
+  -- their dependencies, functions by the names in their source, tables by their triggers.
+  reach (class, oid, name) as (
+    select 'pg_class'::regclass::oid, tables.oid, tables.name from tables
     union
-    select rule.ev_class from views
-    inner join pg_depend as depend
-      on depend.refclassid = 'pg_class'::regclass and depend.refobjid = views.oid
-    inner join pg_rewrite as rule
-      on depend.classid = 'pg_rewrite'::regclass and depend.objid = rule.oid
+    select next.class, next.oid, next.name
+    from reach
+    cross join lateral (
+      select 'pg_class'::regclass::oid as class, class.oid, class.relname::text as name
+      from pg_depend as depend
+      inner join pg_rewrite as rule
+        on depend.classid = 'pg_rewrite'::regclass and depend.objid = rule.oid
+      inner join pg_class as class on rule.ev_class = class.oid
+      where depend.refclassid = 'pg_class'::regclass and reach.class = depend.refclassid
+        and depend.refobjid = reach.oid
+      union all
+      select 'pg_class'::regclass, class.oid, class.relname::text
+      from pg_trigger as trigger
+      inner join pg_class as class on trigger.tgrelid = class.oid
+      where reach.class = 'pg_proc'::regclass and trigger.tgfoid = reach.oid
+        and not trigger.tgisinternal
+      union all
+      select 'pg_proc'::regclass, function.oid, function.proname::text
+      from routines
+      inner join pg_proc as function on routines.oid = function.oid
+      where routines.source ~ (
+          '(^|\W)' || regexp_replace(reach.name, '(\W)', '\\\1', 'g')
+          || case reach.class when 'pg_proc'::regclass then '"?\s*\(' else '(\W|$)' end
+        )
+    ) as next
+  ),
+
+  -- Who can use it: 'anon and authenticated', or null.
+  exposed (class, oid, roles) as (
+    select reach.class, reach.oid, string_agg(role.rolname, ' and ' order by role.rolname)
+    from reach
+    left join pg_class as class on reach.class = 'pg_class'::regclass and reach.oid = class.oid
+    left join pg_proc as function on reach.class = 'pg_proc'::regclass and reach.oid = function.oid
+    inner join pg_roles as role on role.rolname in ('anon', 'authenticated')
+    where has_schema_privilege(
+        role.oid, coalesce(class.relnamespace, function.pronamespace), 'usage'
+      )
+      and case
+        when class.relkind in ('v', 'm') then
+          has_table_privilege(role.oid, class.oid, 'select, insert, update, delete')
+          or has_any_column_privilege(role.oid, class.oid, 'select, insert, update')
+        when class.relkind in ('r', 'p', 'f') then
+          has_table_privilege(role.oid, class.oid, 'insert, update, delete, truncate')
+          or has_any_column_privilege(role.oid, class.oid, 'insert, update')
+        else has_function_privilege(role.oid, function.oid, 'execute')
+      end
+    group by reach.class, reach.oid
   )
 
-  select
-    format('Trigger %I on %I could write to the tables of the ledger.', tgname, tables.name)
-      as fault,
-    format('drop trigger %I on public.%I;', tgname, tables.name) as fix
-  from pg_trigger
-  inner join tables on pg_trigger.tgrelid = tables.oid
-  inner join pg_proc as function on pg_trigger.tgfoid = function.oid
-  where not pg_trigger.tgisinternal and pg_trigger.tgenabled <> 'D'
-    and function.pronamespace not in (
-      select oid from pg_namespace where nspname in ('ledger', 'supabase_functions')
+  select found.fault, found.fix from (
+    select
+      class.oid as object,
+      format(
+        '%s can use view %s, which reads the tables of the ledger with the rights of its owner.',
+        exposed.roles, class.oid::regclass
+      ) as fault,
+      format('revoke all on %s from public, anon, authenticated;', class.oid::regclass) as fix
+    from exposed
+    inner join pg_class as class
+      on exposed.class = 'pg_class'::regclass and exposed.oid = class.oid
+      and class.relkind in ('v', 'm')
+    where not exists (
+      select from unnest(class.reloptions) as option
+      where option ~* '^security_invoker=(t|tr|tru|true|y|ye|yes|on|1)$'
     )
-    and not exists (
-      select from pg_depend as depend
-      where depend.classid = 'pg_proc'::regclass and depend.objid = function.oid
-        and depend.deptype = 'e'
-    )
+    union all
+    select
+      function.oid,
+      format(
+        '%s can call function %s, which runs with the rights of its owner and names the tables of '
+        'the ledger%s.', exposed.roles, function.oid::regprocedure,
+        case when policies.names is not null then format(
+          '. Policies call it (%s), so the fix moves it to a schema that the API does not expose',
+          policies.names
+        ) end
+      ),
+      format(
+        case
+          when policies.names is null then
+            'revoke execute on function %s from public, anon, authenticated;'
+          else
+            'create schema if not exists private; alter function %s set schema private;'
+        end,
+        function.oid::regprocedure
+      )
+    from exposed
+    inner join pg_proc as function
+      on exposed.class = 'pg_proc'::regclass and exposed.oid = function.oid
+    cross join lateral (
+      select string_agg(format('%I on %s', polname, polrelid::regclass), ', ') as names
+      from pg_policy
+      inner join pg_depend as depend
+        on depend.classid = 'pg_policy'::regclass and pg_policy.oid = depend.objid
+        and depend.refclassid = 'pg_proc'::regclass and depend.refobjid = function.oid
+    ) as policies
+    where function.prosecdef and function.prorettype <> 'trigger'::regtype
+    union all
+    select
+      trigger.oid,
+      format(
+        '%s can write to %s, whose trigger %I reaches the tables of the ledger with the rights of '
+        'its owner.', exposed.roles, trigger.tgrelid::regclass, trigger.tgname
+      ),
+      format('drop trigger %I on %s;', trigger.tgname, trigger.tgrelid::regclass)
+    from exposed
+    inner join pg_trigger as trigger
+      on exposed.class = 'pg_class'::regclass and exposed.oid = trigger.tgrelid
+    inner join pg_proc as function on trigger.tgfoid = function.oid and function.prosecdef
+    inner join reach
+      on reach.class = 'pg_proc'::regclass and trigger.tgfoid = reach.oid
+    where not trigger.tgisinternal and trigger.tgenabled <> 'D'
+      and trigger.tgrelid not in (select tables.oid from tables)
+    union all
+    select
+      rule.oid,
+      format(
+        '%s can write to %s, whose rule %I reaches the tables of the ledger with the rights of its '
+        'owner.', exposed.roles, rule.ev_class::regclass, rule.rulename
+      ),
+      format('drop rule %I on %s;', rule.rulename, rule.ev_class::regclass)
+    from exposed
+    inner join pg_rewrite as rule
+      on exposed.class = 'pg_class'::regclass and exposed.oid = rule.ev_class
+      and rule.rulename <> '_RETURN'
+    where rule.ev_class not in (select tables.oid from tables)
+      and exists (
+        select from pg_depend as depend
+        inner join reach on depend.refclassid = reach.class and depend.refobjid = reach.oid
+        where depend.classid = 'pg_rewrite'::regclass and depend.objid = rule.oid
+          and depend.refobjid <> rule.ev_class
+      )
+  ) as found
   union all
+  -- Triggers on the tables, unless they are of the ledger, of PostgreSQL, of an extension or a
+  -- webhook. Those whose source reaches or names nothing of the ledger do no harm.
   select
-    format('%s can use view %s, which reads the tables of the ledger.', role, class.oid::regclass),
-    format('revoke all on %s from public, anon, authenticated;', class.oid::regclass)
-  from views
-  inner join pg_class as class on views.oid = class.oid and class.relkind in ('v', 'm')
-  cross join unnest(array['anon', 'authenticated']) as role
-  where to_regrole(role) is not null
-    and not coalesce(class.reloptions, '{}') && array['security_invoker=true', 'security_invoker=on']
+    format('Trigger %I on %I could write to the tables of the ledger.', trigger.tgname, tables.name),
+    format('drop trigger %I on %s;', trigger.tgname, tables.oid::regclass)
+  from pg_trigger as trigger
+  inner join tables on trigger.tgrelid = tables.oid
+  inner join pg_proc as function on trigger.tgfoid = function.oid
+  inner join pg_namespace as namespace on function.pronamespace = namespace.oid
+  inner join pg_language as language on function.prolang = language.oid
+  inner join routines on function.oid = routines.oid
+  where not trigger.tgisinternal and trigger.tgenabled <> 'D'
+    and (namespace.nspname, function.proname) not in (
+      ('ledger', 'verify_entry'), ('ledger', 'explain_balance'), ('ledger', 'refuse_change'),
+      ('ledger', 'keep_key'), ('supabase_functions', 'http_request')
+    )
     and (
-      has_table_privilege(role::name, class.oid, 'select, insert, update, delete')
-      or has_any_column_privilege(role::name, class.oid, 'select, insert, update')
+      language.lanname in ('c', 'internal')
+      or routines.source ~ '\m(balance|price|amount_delta)\M'
+      or exists (
+        select from reach where reach.class = 'pg_proc'::regclass and reach.oid = function.oid
+      )
     )
-  union all
-  select
-    format(
-      '%s can call function %s, which runs with the rights of its owner and names the tables of '
-      'the ledger.', role, function.oid::regprocedure
-    ),
-    format(
-      'revoke execute on function %s from public, anon, authenticated;',
-      function.oid::regprocedure
-    )
-  from pg_proc as function
-  cross join unnest(array['anon', 'authenticated']) as role
-  where function.prosecdef and to_regrole(role) is not null
-    and function.prokind in ('f', 'p', 'w')
-    and function.prorettype <> 'trigger'::regtype
-    and coalesce(pg_get_function_sqlbody(function.oid), function.prosrc)
-    ~ '"Users"|"Items"|"Transaction_History"|debit_use'
-    and has_function_privilege(role::name, function.oid, 'execute')
 $$;
 
 create or replace function public.audit_ledger() returns table (user_id bigint, fault text)
