@@ -10,12 +10,8 @@ import pytest
 from database import create_database
 from shapes import COFFEE, DEFINER_VIEW, OWN_FUNCTION, ROWS_BEFORE, TABLES
 
-from devstack.postgres import (
-    POSTGRES_BIN_PATH,
-    SUPABASE_DIRECTORY,
-    apply_migrations,
-    database_url,
-)
+from devstack.postgres import SUPABASE_DIRECTORY, apply_migrations, database_url
+from devstack.programs import POSTGRES_BIN_PATH
 
 MIGRATIONS = sorted((SUPABASE_DIRECTORY / "migrations").glob("*.sql"))
 VERSION_0_1 = sorted((Path(__file__).parents[1] / "data" / "version-0.1").glob("*.sql"))
@@ -46,7 +42,7 @@ def look_up(url: str, query: str) -> list[tuple[object, ...]]:
 
 
 def administrator(url: str) -> str:
-    return url.replace("//postgres:", "//supabase_admin:")
+    return url.replace("//postgres@", "//supabase_admin@")
 
 
 SCHEMA = (
@@ -137,11 +133,10 @@ def test_rows_that_the_owner_does_not_see_stop_the_migration(postgres_port: int)
     admin = database_url(postgres_port, "supabase_admin")
     execute(
         admin,
-        "do $$ begin if to_regrole('plain_owner') is null then create role plain_owner login "
-        "password 'postgres'; end if; end $$",
+        "create role plain_owner login password 'plain'",
         f"create database {name} owner plain_owner",
     )
-    url = database_url(postgres_port, "plain_owner", name)
+    url = f"postgresql://plain_owner:plain@127.0.0.1:{postgres_port}/{name}"
     table = 'alter table public."Users" '
     execute(url, TABLES + ROWS_BEFORE, f"{table} enable row level security")
     execute(url, f"{table} force row level security")
