@@ -170,4 +170,6 @@ def _origin(text: str) -> str:
     return origin.removesuffix(own_port)
 
 
-Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_split_list)]
+Origins = Annotated[
+    tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_split_list)
+]
