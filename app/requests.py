@@ -9,14 +9,13 @@ from starlette.requests import Request
 from app import errors
 from app.auth import Authentication
 from app.problems import invalid_body, invalid_header
-from app.products import callers_token
 from app.schemas import KEY_PATTERN, DebitRequest
 
 BODY_BYTES_MAX = 16 * 1024
 
 
-async def authenticate(request: Request, authentication: Authentication, deadline: float) -> None:
-    """Check the caller's token, and keep it for the products service, which asks for one.
+async def authenticate(request: Request, authentication: Authentication, deadline: float) -> str:
+    """Check the caller's token, and return it for the products service, which asks for one.
 
     Raises:
         Unauthenticated, Forbidden: the caller may not do this.
@@ -28,10 +27,9 @@ async def authenticate(request: Request, authentication: Authentication, deadlin
     authorization = authorizations[0] if authorizations else None
     try:
         async with asyncio.timeout_at(deadline):
-            token = await authentication.authenticate(authorization)
+            return await authentication.authenticate(authorization)
     except TimeoutError as error:
         raise errors.AuthenticationUnavailable from error
-    callers_token.set(token)
 
 
 async def read_debit(request: Request) -> DebitRequest:
