@@ -192,7 +192,6 @@ class _Lane:
             try:
                 outcomes = await self._call(batch)
             except (LedgerUnavailable, OutcomeUnknown) as failure:
-                logger.warning("a batch of %d failed: %s", len(batch), failure.code)
                 if not await repeats.again_after(failure):
                     others = self._others() if isinstance(failure, LedgerUnavailable) else []
                     waited = [waiting for waiting in others if waiting.has_waited_too_long]

@@ -15,6 +15,7 @@ from supabase import AsyncClient
 
 from app import metrics
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
+from app.http_failures import FailureLog, describe_failure
 from app.outcomes import KeyedDebit, Outcome, read_batch, read_found, read_outcome
 from app.retry_after import Pause
 from app.tracing import dependency_call
@@ -56,6 +57,7 @@ NOT_DONE_CODES = (
 # The connection to the database was lost, perhaps after the commit, or PostgREST itself failed.
 # XX000: a node of a cluster was lost at the commit.
 UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0", "40003", "XX000")
+MESSAGE_LENGTH_MAX = 200  # of an error, in the log
 # A code of PostgREST or of Postgres. What has another is a word of somebody between, such as a
 # proxy, or the HTTP status that the client puts in: neither tells about the transaction.
 LEDGER_CODE = re.compile(r"PGRST\w+|[0-9A-Z]{5}")
@@ -85,6 +87,7 @@ class Ledger:
         self.pause = pause or Pause("SUPABASE_URL", ())
         self._calls = asyncio.Semaphore(CALLS_MAX)
         self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
+        self._failures = FailureLog(logger, "ledger")
         self.last_state = "not asked yet"
 
     async def debit(
@@ -204,7 +207,7 @@ class Ledger:
             failure = classify_failure(error)
             self.last_state = failure.code
             level = logging.ERROR if failure is LedgerRejected else logging.WARNING
-            logger.log(level, "%s: %s: %s", function, failure.code, _describe(error))
+            self._failures.log(level, f"{function}: {failure.code}: {_describe(error)}")
             raise failure from error
         self.last_state = "ok"
         return answer
@@ -270,11 +273,7 @@ def _now() -> float:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, APIError):
-        return f"{error.code or 'an answer without a code:'} {error.message}"
-    # The transport calls every failed connection a timeout; its cause says what it was.
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__} {_first_line(cause)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
+        # A proxy's page as a message has lines without end.
+        message = next(iter(str(error.message).splitlines()), "")[:MESSAGE_LENGTH_MAX]
+        return f"{error.code or 'an answer without a code:'} {message}"
+    return describe_failure(error, CALL_TIMEOUT_SECONDS)
