@@ -28,7 +28,8 @@ class Call:
     response: asyncio.Future[Response] = field(init=False)
     is_begun: bool = False  # its transaction
     is_executing: bool = False
-    locked: set[int] = field(default_factory=set)
+    locked: set[int] = field(default_factory=set)  # users
+    skipped: set[int] = field(default_factory=set)  # products
 
     async def execute(self) -> Response:
         return await self.send(self)
@@ -51,16 +52,16 @@ class Call:
 
 
 def read_debits(function: str, arguments: Mapping[str, object]) -> list[Debit]:
-    """Read the debits of a call; a proposed transaction id is optional."""
+    """Read the debits of a call; the attempt is optional."""
     if function == "debit_use":
         names = ("user_id_input", "item_input", "idempotency_key_input", "expected_price_input")
-        values = [arguments.get(name) for name in (*names, "transaction_id_input")]
+        values = [arguments.get(name) for name in (*names, "attempt_input")]
         return [Debit(*values)]  # type: ignore[arg-type] # the service's own JSON
     if function == "debit_use_batch":
         names = ("user_id", "item_id", "idempotency_key", "expected_price")
         debits = cast("list[dict[str, object]]", arguments["debits"])
         return [
-            Debit(*[debit.get(name) for name in (*names, "transaction_id")])  # type: ignore[arg-type] # as above
+            Debit(*[debit.get(name) for name in (*names, "attempt")])  # type: ignore[arg-type] # as above
             for debit in debits
         ]
     return []

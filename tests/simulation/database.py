@@ -28,6 +28,10 @@ class Slots:
         self._free = number
         self._waiting: deque[asyncio.Future[None]] = deque()
 
+    @property
+    def is_free(self) -> bool:
+        return self._free > 0
+
     def try_acquire(self) -> bool:
         if self._free == 0:
             return False
@@ -75,7 +79,7 @@ class Product:
     is_active: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass
 class Debit:
     """A debit as the functions receive it."""
 
@@ -83,15 +87,12 @@ class Debit:
     item_id: str
     key: str
     expected_price: int | None
-    transaction_id: str | None
+    attempt: str | None  # the service's id for the request; it becomes that of the entry
 
-    @property
-    def purchase(self) -> int:
-        return UUID(self.item_id).int & ((1 << PURCHASE_BITS) - 1)
-
-    @property
-    def product(self) -> int:
-        return UUID(self.item_id).int >> PURCHASE_BITS
+    def __post_init__(self) -> None:
+        number = int(self.item_id.replace("-", ""), 16)
+        self.product = number >> PURCHASE_BITS
+        self.purchase = number & (1 << PURCHASE_BITS) - 1
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Database:
         product = self.products.get(debit.product)
         refusal = _refusal(user, product, debit.expected_price)
         if refusal or product is None:
-            outcome = {**head, "outcome": refusal}
+            outcome = {**head, "outcome": refusal, "attempt": debit.attempt}
             if refusal == "price_changed" and product:
                 outcome["price"] = product.price
         else:
@@ -153,7 +154,7 @@ class Database:
         return outcome
 
     def _append(self, debit: Debit, user: User, price: int, now: float) -> Json:
-        transaction_id = debit.transaction_id or str(UUID(int=len(self.entries) + 1))
+        transaction_id = debit.attempt or str(UUID(int=len(self.entries) + 1))
         if transaction_id in self._transaction_ids:
             self.violations.append(f"purchase {debit.purchase} reuses the id of another entry")
         self._transaction_ids.add(transaction_id)

@@ -141,7 +141,7 @@ def _held_rows(schedule: Schedule, draw: random.Random) -> None:
     _add_world(schedule, [*USERS, *held], balance=10 * PRICE)
     start = draw.uniform(0, 0.2)
     for user_id in held:
-        length = draw.choice((draw.uniform(0.05, 1.5), 3.0))
+        length = draw.choice((draw.uniform(0.05, 1.0), draw.uniform(0.05, 1.0), 2.5))
         schedule.holds.append(Hold(start + draw.uniform(0, 0.05), length, "user", user_id))
     for _ in range(len(held) + draw.randint(0, 6)):
         arrival = start + 0.05 + draw.choice((0.0, draw.uniform(0, 0.5)))
@@ -225,12 +225,12 @@ def _chaos(schedule: Schedule, draw: random.Random) -> None:
 CHANGES = (("balance", USERS), ("user", USERS), ("product", PRODUCTS), ("price", PRODUCTS))
 KINDS: dict[str, tuple[Callable[[Schedule, random.Random], None], float]] = {
     "calm": (_calm, 5),
-    "held rows": (_held_rows, 20),
+    "held rows": (_held_rows, 12),
     "held products": (_held_products, 5),
     "failed batch": (_failed_batch, 10),
     "outage": (_outage, 15),
-    "many lookups": (_many_lookups, 2),
-    "chaos": (_chaos, 43),
+    "many lookups": (_many_lookups, 3),
+    "chaos": (_chaos, 50),
 }
 
 
