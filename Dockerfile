@@ -25,10 +25,7 @@ EXPOSE 8002
 # Without a proxy: one that Docker sets for the container does not know the container's loopback.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=10s \
     CMD ["python", "-c", "from urllib.request import ProxyHandler, build_opener; build_opener(ProxyHandler({})).open('http://127.0.0.1:8002/health', timeout=2)"]
-# Idle connections are kept longer than proxies keep them (60 s as a rule): a proxy that sends on one
-# just as it is closed answers 502 by itself. A warning is what uvicorn has to say before the
-# service logs its own start.
-CMD ["uvicorn", "app.main:app", "--host", "0.0.0.0", "--port", "8002", "--timeout-graceful-shutdown", "20", "--timeout-keep-alive", "75", "--no-server-header", "--no-access-log", "--log-level", "warning"]
+CMD ["python", "-m", "app", "--port", "8002"]
 # Last, since they change with every build: --build-arg REVISION=$(git rev-parse HEAD)
 ARG VERSION=unknown
 ARG REVISION=unknown

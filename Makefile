@@ -13,7 +13,7 @@ IMAGE := .venv-image/installed
 .PHONY: lock vulnerabilities sbom licences clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
 
 run: $(INSTALLED) ## Start the service and all it needs on this machine; Ctrl-C stops it
 	@$(BIN)/python -m devstack $(ARGS)
@@ -30,20 +30,19 @@ torture: $(INSTALLED) ## Ten minutes of load with faults; ARGS="--minutes 1 --se
 bench: $(INSTALLED) ## Measure the service beside its peers with wrk; ARGS="--seconds 2"
 	@$(BIN)/python -m bench $(ARGS)
 
-audit: $(INSTALLED) ## See whether a ledger adds up; DATABASE_URL names another than the dev stack's
-	@$(BIN)/python -m devstack.audit $(if $(DATABASE_URL),'$(DATABASE_URL)')
+audit: $(INSTALLED) ## See whether a ledger adds up; the variable DATABASE_URL names another than the dev stack's
+	@$(BIN)/python -m devstack.audit
 
-check-database: export DATABASE_URL := $(DATABASE_URL)
 check-database: $(INSTALLED) ## See what keeps a database from being migrated: DATABASE_URL=postgresql://...
 	@$(BIN)/python -m devstack.check_database
 
 lint: $(INSTALLED) ## Check style, of Python and SQL
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/sqlfluff lint --disable-progress-bar supabase
+	$(BIN)/python -m sqlfluff lint --disable-progress-bar supabase
 
 types: $(INSTALLED) ## Check types
-	$(BIN)/mypy
+	$(BIN)/python -m mypy
 
 check: lint types test ## lint, types and test: what must pass before a commit
 
@@ -60,26 +59,27 @@ lock: $(TOOLS) ## Write requirements.lock: requirements.txt with the hashes of a
 	mv .venv-tools/lock requirements.lock
 
 vulnerabilities: $(TOOLS) ## Look up the image's packages among known vulnerabilities (needs the internet)
-	.venv-tools/bin/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
+	.venv-tools/bin/python -m pip_audit --strict --require-hashes --disable-pip -r requirements.lock
 
 sbom: $(TOOLS) $(IMAGE) ## Write sbom.json: the image's Python packages with their licences, as CycloneDX
 	$(BIN)/python -c 'import app; print("[project]\nname = \"payment-service\"\nversion =", repr(app.__version__))' \
 	  > .venv-image/pyproject.toml
-	.venv-tools/bin/cyclonedx-py environment --pyproject .venv-image/pyproject.toml \
+	.venv-tools/bin/python -m cyclonedx_py environment --pyproject .venv-image/pyproject.toml \
 	  --mc-type application --output-reproducible --validate -o sbom.json .venv-image
 
 licences: $(INSTALLED) ## Write docs/licences.md: the licence of each package of the image
 	$(BIN)/python -m devstack.licences requirements.txt > docs/licences.md
 
 clean: ## Delete what make has made: environments, the development database, caches
+	-@python=$(BIN)/python; test -x $$python || python="$(PYTHON)"; \
+	  test "$$(id -u)" != 0 || "$$python" -m devstack.server_account  # the data of root's dev stack
 	rm -rf .venv .venv-tools .venv-checkov .venv-image .devstack .coverage htmlcov sbom.json
 	rm -rf .mypy_cache .ruff_cache .pytest_cache
 
 $(INSTALLED): requirements.txt requirements-dev.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
-	@touch $(INSTALLED)
+	@command -v "$(PYTHON)" >/dev/null || { echo 'There is no program $(PYTHON). Install Python 3.11 or newer, or name it: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
+	@"$(PYTHON)" devstack/install.py
 
 # As the Dockerfile installs: only files whose hash is known, and none that would have to be built.
 $(IMAGE): requirements.lock $(INSTALLED)

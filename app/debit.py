@@ -17,7 +17,7 @@ from app.errors import (
 )
 from app.group_commit import GroupCommit
 from app.ledger import Ledger
-from app.outcomes import Debited, Outcome
+from app.outcomes import Debited, KeyedDebit, Outcome
 from app.products import Products
 from app.schemas import DebitRequest
 
@@ -93,8 +93,8 @@ class Debits:
             if callers_key is None:
                 raise
             return _charged(await self._find_earlier(debit, callers_key, deadline, refusal))
-        key = callers_key or str(uuid4())
-        return _charged(await self._group_commit.debit(debit, key, deadline))
+        sent = KeyedDebit(debit, callers_key or str(uuid4()), uuid4())
+        return _charged(await self._group_commit.debit(sent, deadline))
 
     async def _find_earlier(
         self, debit: DebitRequest, key: str, deadline: float, refusal: PaymentError

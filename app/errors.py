@@ -8,6 +8,8 @@ PROBLEMS: dict[str, type["PaymentError"]] = {}
 
 RETRY_AFTER = {"Retry-After": "1"}
 BEARER = {"WWW-Authenticate": "Bearer"}
+IDENTITY = {"Accept-Encoding": "identity"}
+CLOSE = {"Connection": "close"}
 
 
 class PaymentError(Exception):
@@ -46,6 +48,36 @@ class RequestTooLarge(PaymentError):
     title = "Request too large"
     meaning = "The body is over 16 KiB."
     advice = "Send only the documented fields."
+
+
+class RequestTimeout(PaymentError):
+    status, code, headers = 408, "request_timeout", CLOSE
+    title = "The request did not arrive in time"
+    meaning = "The headers or the body were not complete within 10 seconds."
+    advice = "Send the request again, in one go."
+
+
+class UnsupportedEncoding(PaymentError):
+    status, code, headers = 415, "unsupported_encoding", IDENTITY
+    title = "The encoding of the body is not supported"
+    meaning = (
+        "The body is compressed, or its characters are not in UTF-8; detail names the encoding."
+    )
+    advice = "Send JSON in UTF-8, without Content-Encoding."
+
+
+class HeadersTooLarge(PaymentError):
+    status, code = 431, "headers_too_large"
+    title = "Headers too large"
+    meaning = "The request line and the headers are over 64 KiB."
+    advice = "Send fewer and shorter headers."
+
+
+class MalformedRequest(PaymentError):
+    status, code = 400, "malformed_request"
+    title = "This is not a valid HTTP/1.1 request"
+    meaning = "The request line, a header or the framing of the body breaks the rules of HTTP/1.1."
+    advice = "Use an HTTP client library, with http:// and not https:// if no proxy is in between."
 
 
 class Unauthenticated(PaymentError):
@@ -135,7 +167,7 @@ class LedgerUnavailable(PaymentError):
 class Overloaded(PaymentError):
     status, code, headers = 503, "overloaded", RETRY_AFTER
     title = "Too many debits are waiting"
-    meaning = "More debits are waiting than the service lets wait."
+    meaning = "More debits are waiting, or more connections are open, than the service allows."
     advice = "Try again after the time in Retry-After."
 
 

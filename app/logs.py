@@ -77,6 +77,12 @@ def _take_over_from_server() -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
+    # Started otherwise than by `python -m app`, it logs the query of a WebSocket handshake.
+    logging.getLogger("uvicorn.error").addFilter(_is_no_handshake)
+
+
+def _is_no_handshake(record: logging.LogRecord) -> bool:
+    return '"WebSocket ' not in str(record.msg)
 
 
 def _stamp(_logger: Any, method: str, event: EventDict) -> EventDict:

@@ -44,6 +44,7 @@ from app.startup import (
     with_startup_message,
 )
 from app.tracing import RequestSpans, pass_on_traceparent
+from app.workers import refuse_several_workers
 
 CONNECT_TIMEOUT_SECONDS = 1.0
 GARBAGE_THRESHOLD = 5_000  # objects; higher takes memory and gains nothing
@@ -77,11 +78,13 @@ class PaymentService(FastAPI):
             docs_url=None,  # add_documentation brings both pages without their CDN
             redoc_url=None,
             redirect_slashes=False,
+            # Relative to the document, so that it is right under a prefix that a proxy removes.
+            servers=[{"url": "."}],
+            root_path_in_servers=False,
             # RequestSpans instead: FastAPI's own spans hold the query, and that callers' keys.
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         self.settings = settings
-        self.add_middleware(RequestContext, routes=self.routes)
         self.add_exception_handler(PaymentError, answer_payment_error)
         self.add_exception_handler(RequestValidationError, answer_invalid_parameters)
         self.add_exception_handler(HTTPException, answer_http_exception)
@@ -101,12 +104,16 @@ class PaymentService(FastAPI):
         await super().__call__(scope, receive, send)
 
     def _configure(self) -> None:
+        refuse_several_workers()
         if self.settings:
             configure_logging(self.settings.log_level)
         else:
             self.settings = load_settings()
             configure_logging(self.settings.log_level)
             warn_of_doubtful_settings(self.settings)
+        if self.middleware_stack is None:
+            origins = self.settings.cors_allowed_origins
+            self.add_middleware(RequestContext, routes=self.routes, allowed_origins=origins)
         if self.settings.otel_exporter_otlp_endpoint:
             self.add_middleware(RequestSpans)
 

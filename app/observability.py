@@ -1,5 +1,6 @@
 """What is known of each request from outside: its id, its line in the log, its measurements."""
 
+import asyncio
 import logging
 import random
 import re
@@ -14,29 +15,39 @@ from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics
-from app.errors import InternalError
+from app.cors import allow_origins
+from app.errors import InternalError, InvalidRequest
 from app.problems import problem_response
 from app.tracing import RequestIds, read_traceparent, request_now
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+RESPONSE_HEADERS = (
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+)
+CUT_OFF = "The service stopped before the request was finished"
 CALLER_LEFT = 499  # nginx's status for a request whose caller did not wait
 
 logger = logging.getLogger(__name__)
 
 
 class RequestContext:
-    """Middleware: gives each request its id, one line in the log, and an answer even to a bug."""
+    """Middleware: gives each request its id, one line in the log, and a response even to a bug."""
 
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
-        self._app = app
+    def __init__(
+        self, app: ASGIApp, routes: Sequence[BaseRoute], allowed_origins: Sequence[str] = ()
+    ) -> None:
         self._routes = routes
         self._timers: dict[tuple[object, str, int], tuple[str, Histogram]] = {}
         self._log = structlog.get_logger().bind()
+        self._inner = app
+        # Around the responses that are made here, so that a browser shows these too.
+        self._app = allow_origins(self._respond, allowed_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self._inner(scope, receive, send)
             return
         started = perf_counter()
         state = scope.setdefault("state", {})
@@ -44,30 +55,52 @@ class RequestContext:
         request_now.set(ids)
         state["request_id"] = ids.request_id
         request_id_header = (b"x-request-id", ids.request_id.encode())
-        status = 0
+        state["status"] = 0
 
-        async def send_with_request_id(message: Message) -> None:
-            nonlocal status
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], request_id_header]
+                state["status"] = message["status"]
+                headers = message["headers"]
+                if not any(name == b"cache-control" for name, _ in headers):
+                    headers = [*headers, *RESPONSE_HEADERS]
+                message["headers"] = [*headers, request_id_header]
             await send(message)
 
+        method = scope["method"]
+        if method == "HEAD":  # like GET; the server leaves out the body
+            scope = {**scope, "method": "GET"}
         try:
-            await self._app(scope, receive, send_with_request_id)
+            await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            status, state["code"] = CALLER_LEFT, "caller_left"
-        except Exception:  # the last line of defence: a bug still gets an answer
+            state["status"], state["code"] = CALLER_LEFT, "caller_left"
+        except asyncio.CancelledError:  # the server stops and waits no longer
+            state["code"] = "cut_off"
+            if not state["status"]:
+                response = problem_response(InternalError(CUT_OFF), ids.request_id)
+                await response(scope, receive, send_with_headers)
+        self._note(scope, method, ids, perf_counter() - started)
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["state"]
+        try:
+            if refusal := state.get("refusal"):  # the server could not read the request
+                state["code"] = refusal.code
+                await problem_response(refusal, state["request_id"])(scope, receive, send)
+            else:
+                await self._inner(scope, receive, send)
+        except ClientDisconnect:
+            raise
+        except Exception:  # the last line of defence: a bug still gets a response
             logger.exception("request failed")
             state["code"] = InternalError.code
-            if not status:
-                response = problem_response(InternalError(), ids.request_id)
-                await response(scope, receive, send_with_request_id)
-        self._note(scope, ids, status, perf_counter() - started)
+            if not state["status"]:
+                response = problem_response(InternalError(), state["request_id"])
+                await response(scope, receive, send)
 
-    def _note(self, scope: Scope, ids: RequestIds, status: int, seconds: float) -> None:
+    def _note(self, scope: Scope, method: str, ids: RequestIds, seconds: float) -> None:
         state: dict[str, Any] = scope["state"]
-        method = scope["method"] if scope["method"] in METHODS else "other"
+        status = state["status"]
+        method = method if method in METHODS else "other"
         known = (scope.get("endpoint"), method, status)
         # Looking a label up costs more than the measurement.
         route, timer = self._timers.get(known) or self._add_timer(*known)
@@ -79,7 +112,7 @@ class RequestContext:
             method=method,
             route=route,
             status=status,
-            code=state.get("code", "ok"),
+            code=state.get("code") or ("ok" if status < 400 else InvalidRequest.code),
             replayed=state.get("replayed", False),
             milliseconds=round(seconds * 1000, 2),
             request_id=ids.request_id,

@@ -1,6 +1,8 @@
 """Problems as callers receive them (RFC 9457), and the catalogue that explains them."""
 
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -25,6 +27,10 @@ MEDIA_TYPE = "application/problem+json"
 EXAMPLE_REQUEST_ID = "0b0e3f6c9a554d2c8f0e4d0f8d0f6a11"
 REPLAYED = {"Idempotent-Replayed": "true"}
 HEADERS = {
+    "Accept-Encoding": {
+        "description": "identity: bodies must not be compressed.",
+        "schema": {"type": "string"},
+    },
     "Retry-After": {
         "description": "Seconds to wait before trying again.",
         "schema": {"type": "integer"},
@@ -35,6 +41,11 @@ HEADERS = {
     },
 }
 ERRORS_MAX = 20
+DUPLICATE = "The name appears more than once"
+LEADING_ZERO = re.compile(rb":\s*-?0[0-9]")
+LEADING_ZERO_ADVICE = (
+    "In JSON a number has no leading zeros: send a card number as a string or without them"
+)
 POINTER_LENGTH_MAX = 100
 
 
@@ -69,6 +80,8 @@ async def answer_http_exception(request: Request, error: Exception) -> Response:
     problem = classes.get(error.status_code, InternalError)()
     response = _answer(request, problem)
     response.headers.update(error.headers or {})
+    if response.headers.get("allow") == "GET":
+        response.headers["allow"] = "GET, HEAD"
     return response
 
 
@@ -77,13 +90,25 @@ def _answer(request: Request, error: PaymentError) -> Response:
     return problem_response(error, request.state.request_id)
 
 
-def invalid_body(error: ValidationError) -> InvalidRequest:
+def invalid_body(error: ValidationError, body: bytes) -> InvalidRequest:
     """Name each fault of a body by where it is, without repeating the body."""
     faults = [
         {"pointer": _json_pointer(fault["loc"]), "detail": fault["msg"]}
         for fault in error.errors(include_url=False, include_context=False, include_input=False)
     ]
+    if error.errors()[0]["type"] == "json_invalid" and LEADING_ZERO.search(body):
+        faults[0]["detail"] += f". {LEADING_ZERO_ADVICE}"
     return InvalidRequest("The body is not as documented", errors=faults[:ERRORS_MAX])
+
+
+def duplicate_names(names: Sequence[str]) -> InvalidRequest:
+    faults = [{"pointer": _json_pointer((name,)), "detail": DUPLICATE} for name in names]
+    return InvalidRequest("The body is not as documented", errors=faults[:ERRORS_MAX])
+
+
+def invalid_parameters(detail: str, names: Sequence[str]) -> InvalidRequest:
+    faults = [{"parameter": name, "detail": detail} for name in names]
+    return InvalidRequest("A parameter is not as documented", errors=faults[:ERRORS_MAX])
 
 
 def invalid_header(name: str, detail: str) -> InvalidRequest:
@@ -123,7 +148,7 @@ def documented(*problems: type[PaymentError]) -> dict[int | str, dict[str, Any]]
             "summary": problem.title,
             "value": _body(_example(problem), EXAMPLE_REQUEST_ID),
         }
-        for name in problem.headers:
+        for name in problem.headers.keys() & HEADERS.keys():
             response.setdefault("headers", {})[name] = HEADERS[name]
     return responses
 

@@ -1,6 +1,7 @@
 """What is read from a request for a payment: who sends it, its body, its key."""
 
 import asyncio
+import json
 import re
 
 from pydantic import ValidationError
@@ -8,11 +9,25 @@ from starlette.requests import Request
 
 from app import errors
 from app.auth import Authentication
-from app.problems import invalid_body, invalid_header
+from app.problems import (
+    DUPLICATE,
+    duplicate_names,
+    invalid_body,
+    invalid_header,
+    invalid_parameters,
+)
 from app.products import callers_token
 from app.schemas import KEY_PATTERN, DebitRequest
 
 BODY_BYTES_MAX = 16 * 1024
+BODY_SECONDS_MAX = 10.0
+ENCODING_LENGTH_MAX = 40  # of a name that the caller sent
+
+CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s;"']+)""", re.IGNORECASE)
+# A debit is in ASCII, which is the same in all of these.
+CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "iso-8859-15", "windows-1252")
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+GZIP = b"\x1f\x8b"
 
 
 async def authenticate(request: Request, authentication: Authentication, deadline: float) -> None:
@@ -39,20 +54,63 @@ async def read_debit(request: Request) -> DebitRequest:
 
     Raises:
         InvalidRequest: it is not as documented.
-        RequestTooLarge: there is more of it.
+        RequestTooLarge, RequestTimeout: there is more of it, or it does not arrive.
+        UnsupportedEncoding: it is compressed, or not in UTF-8.
     """
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > BODY_BYTES_MAX:
-            raise errors.RequestTooLarge
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
+    body = await _read_body(request)
+    coding = request.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity"):
+        raise _unsupported(f"compressed ({coding[:ENCODING_LENGTH_MAX]})")
+    media_type, _, parameters = request.headers.get("content-type", "").partition(";")
+    if media_type.strip().lower() != "application/json":
         raise invalid_header("Content-Type", "Should be application/json")
+    charset = CHARSET.search(parameters)
+    if charset and charset[1].lower() not in CHARSETS:
+        raise _unsupported(f"in {charset[1][:ENCODING_LENGTH_MAX]}")
     try:
-        return DebitRequest.model_validate_json(bytes(body))
+        debit = DebitRequest.model_validate_json(body.removeprefix(BYTE_ORDER_MARK))
     except ValidationError as error:
-        raise invalid_body(error) from None
+        _refuse_encoding(body)
+        raise invalid_body(error, body) from None
+    # Each member of the object has a colon, so as many colons as fields are no duplicates.
+    if body.count(b":") > len(debit.model_fields_set):
+        _refuse_duplicates(body.removeprefix(BYTE_ORDER_MARK))
+    return debit
+
+
+async def _read_body(request: Request) -> bytes:
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > BODY_BYTES_MAX:
+                    raise errors.RequestTooLarge
+    except TimeoutError:
+        raise errors.RequestTimeout from None
+    return bytes(body)
+
+
+def _refuse_encoding(body: bytes) -> None:
+    """Tell why what is not JSON is none, if it is its encoding."""
+    if body.startswith(GZIP):
+        raise _unsupported("compressed (gzip)")
+    encoding = json.detect_encoding(body)
+    if not encoding.startswith("utf-8"):
+        raise _unsupported(f"in {encoding.upper()}")
+
+
+def _unsupported(what: str) -> errors.UnsupportedEncoding:
+    return errors.UnsupportedEncoding(
+        f"The body is {what}; send it in UTF-8, without Content-Encoding"
+    )
+
+
+def _refuse_duplicates(body: bytes) -> None:
+    names: list[str] = json.loads(body, object_pairs_hook=lambda members: [m[0] for m in members])
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise duplicate_names(duplicates)
 
 
 def read_key(request: Request) -> str | None:
@@ -69,3 +127,21 @@ def read_key(request: Request) -> str | None:
             "Idempotency-Key", 'Should be one key of 1 to 255 visible ASCII characters without "'
         )
     return keys[0].strip('"')
+
+
+def read_outcome_key(request: Request, key_of_query: str | None) -> str:
+    """Return the key of an outcome that is asked for, from the header or the query.
+
+    Raises:
+        InvalidRequest: there is none, or there are two; or a parameter appears twice.
+    """
+    names = [name for name, _ in request.query_params.multi_items()]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise invalid_parameters(DUPLICATE, duplicates)
+    key = read_key(request) or key_of_query
+    if key is None:
+        raise invalid_parameters("Field required, here or as Idempotency-Key", ["idempotency_key"])
+    if key_of_query not in (None, key):
+        raise invalid_parameters("Differs from the header Idempotency-Key", ["idempotency_key"])
+    return key

@@ -16,7 +16,7 @@ from app.outcomes import OUTCOME_ERRORS, Debited
 from app.problems import REPLAYED, documented, explain
 from app.products import Products
 from app.readiness import Readiness
-from app.requests import authenticate, read_debit, read_key
+from app.requests import authenticate, read_debit, read_key, read_outcome_key
 from app.schemas import (
     KEY_PATTERN,
     DebitRequest,
@@ -39,6 +39,7 @@ TOKEN_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
 )
 DEBIT_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
     *(errors.InvalidRequest, errors.RequestTooLarge),
+    *(errors.RequestTimeout, errors.UnsupportedEncoding),
     *TOKEN_PROBLEMS,
     *OUTCOME_ERRORS.values(),
     *(errors.ProductsUnavailable, errors.LedgerUnavailable, errors.Overloaded),
@@ -57,6 +58,7 @@ KEY_HEADER = {
     "debit, kept for its retries. Without it a retry after a lost answer may charge again.",
     "schema": {"type": "string", "pattern": KEY_PATTERN},
 }
+OUTCOME_KEY_HEADER = KEY_HEADER | {"description": "The key of the debit; here or in the query."}
 CODE_PARAMETER = {
     "name": "code",
     "in": "path",
@@ -124,17 +126,19 @@ async def _take_debit(request: Request) -> Debited:
 async def get_outcome(
     request: Request,
     user_id: Annotated[UserId, Query()],
-    idempotency_key: Annotated[IdempotencyKey, Query()],
+    idempotency_key: Annotated[IdempotencyKey | None, Query()] = None,
 ) -> Response:
     """Was this user charged? For a caller who has lost the answer; reads only.
 
-    Answers what the debit under this key answered: the payment, or the code of its decline.
+    Answers what the debit under this key answered: the payment, or the code of its decline. The key
+    is in the header `Idempotency-Key` or in the query; only a query ends up in logs of proxies.
     """
+    key = read_outcome_key(request, idempotency_key)
     services: Services = request.state.services
     deadline = services.debits.deadline()
     if services.authentication:
         await authenticate(request, services.authentication, deadline)
-    outcome = await services.debits.find_outcome(user_id, idempotency_key, deadline)
+    outcome = await services.debits.find_outcome(user_id, key, deadline)
     if outcome is None:
         raise errors.PaymentNotFound
     return _json(
@@ -227,6 +231,7 @@ def add_routes(app: FastAPI) -> None:
             200: {"model": Payment | DeclinedPayment},
             **documented(*OUTCOME_PROBLEMS),
         },
+        openapi_extra={"parameters": [OUTCOME_KEY_HEADER]},
     )
     app.add_api_route("/health", get_health, summary="Liveness")
     not_ready = {"description": "Not ready", "model": ReadinessBody}

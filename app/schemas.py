@@ -19,7 +19,7 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import PydanticCustomError
 
 BIGINT_MAX = 2**63 - 1
-DIGITS_PATTERN = "^[1-9][0-9]{0,18}$"
+DIGITS_PATTERN = "^0{0,13}[1-9][0-9]{0,18}$"  # card readers send zeros in front
 EXAMPLE_ITEM = "550e8400-e29b-41d4-a716-446655440000"
 EXAMPLE_KEY = "5a1bd1d2-6c53-4c0a-9c07-0c5d1c1a7f11"
 
@@ -28,13 +28,15 @@ KEY_PATTERN = r'^("[!#-~]{1,255}"|[!#-~]{1,255})$'
 
 
 def _whole_number(value: Any) -> Any:
-    """Let an integer or its decimal digits through; to JSON, 1.0 and true are neither."""
+    """Return the integer of decimal digits or of an integer; 1.0 and true are neither."""
     if isinstance(value, str) and re.fullmatch(DIGITS_PATTERN, value):
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     raise PydanticCustomError(
-        "whole_number", "Input should be an integer above 0 or its decimal digits"
+        "whole_number",
+        "Input should be an integer above 0, or its decimal digits 0 to 9 as a string, "
+        "without spaces, line breaks and signs",
     )
 
 
@@ -53,7 +55,7 @@ UserId = Annotated[
                 {"type": "string", "pattern": DIGITS_PATTERN},
             ],
             "description": "The user's card id, 1 to 2^63-1; as a string for callers whose numbers "
-            "lose digits past 2^53.",
+            "lose digits past 2^53, or with leading zeros (at most 13), which do not count.",
         },
         mode="validation",
     ),

@@ -151,3 +151,23 @@ CollectorAddress = Annotated[
     Name, AfterValidator(_service_address), AfterValidator(_collector_address)
 ]
 SupabaseKey = Annotated[SecretStr, AfterValidator(_supabase_key)]
+
+
+def _split_list(text: object) -> object:
+    return text.split(",") if isinstance(text, str) else text
+
+
+def _origin(text: str) -> str:
+    """Return an origin as browsers send it: in lower case, without the scheme's own port."""
+    origin = text.strip().lower()
+    parts = urlsplit(_web_address(origin)) if origin != "*" else None
+    if parts is None or origin != f"{parts.scheme}://{parts.netloc}" or not origin.isascii():
+        raise ValueError(
+            "should be origins such as https://kiosk.example.org, separated by commas, without "
+            "paths; * is not allowed, because any web page could then charge cards"
+        )
+    own_port = {"http": ":80", "https": ":443"}[parts.scheme]
+    return origin.removesuffix(own_port)
+
+
+Origins = Annotated[tuple[Annotated[str, AfterValidator(_origin)], ...], BeforeValidator(_split_list)]

@@ -20,6 +20,7 @@ from app.setting_types import (
     InCapitals,
     KeysAddress,
     Name,
+    Origins,
     ProductsAddress,
     ProjectAddress,
     Seconds,
@@ -74,6 +75,9 @@ class Settings(BaseSettings):
     )
     auth_plain_http_allowed: bool = Field(
         False, description="Whether AUTH_JWKS_URL may be http:// on another machine."
+    )
+    cors_allowed_origins: Origins = Field(
+        (), description="Origins of web pages whose scripts may call the service."
     )
     otel_exporter_otlp_endpoint: CollectorAddress | None = Field(
         None, description="A collector of traces that speaks OTLP over HTTP; turns traces on."

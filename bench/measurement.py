@@ -19,7 +19,9 @@ import psycopg
 
 from bench.stack import BenchFailed, populate, process
 from devstack.keys import SERVICE_ROLE_KEY
-from devstack.postgres import POSTGRES_BIN_PATH, database_url, running_postgres
+from devstack.postgres import database_url, running_postgres
+from devstack.programs import POSTGRES_BIN_PATH
+from devstack.server_account import temporary_folder
 
 PROFILES = ("users spread out", "one hot user", "one hot item", "replays")
 
@@ -54,9 +56,9 @@ class Bench:
     def dependencies(self) -> Iterator[None]:
         """Run a database with users and items, the gateway and the products service."""
         with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="payment-bench-"))
+            folder = stack.enter_context(temporary_folder())
             self.postgres_port, self.gateway_port, self.products_port, self.port = free_ports(4)
-            stack.enter_context(running_postgres(Path(folder) / "postgres", self.postgres_port))
+            stack.enter_context(running_postgres(folder / "postgres", self.postgres_port))
             populate(self.postgres_port)
             for name, port in (("gateway", self.gateway_port), ("products", self.products_port)):
                 stack.enter_context(

@@ -65,11 +65,16 @@ def server(
     application: str, port: int, gateway_port: int, products_port: int, **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run an application as the image does; its log goes to a file, and here if it fails."""
+    arguments: tuple[str, ...] = ("app", "--host", "127.0.0.1", "--port", str(port))
+    if application != "app.main:app":
+        arguments = (
+            *("uvicorn", application, "--port", str(port)),
+            *("--log-level", "warning", "--no-access-log"),
+        )
     with (
         tempfile.TemporaryFile("w+") as log,
         process(
-            *("uvicorn", application, "--port", str(port)),
-            *("--log-level", "warning", "--no-access-log"),
+            *arguments,
             log=log,
             SUPABASE_URL=f"http://127.0.0.1:{gateway_port}",
             SUPABASE_KEY=SERVICE_ROLE_KEY,

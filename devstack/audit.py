@@ -1,6 +1,10 @@
-"""Print what public.audit_ledger() finds; the exit status is 1 if anything is wrong."""
+"""Print what public.audit_ledger() finds; the exit status is 1 if anything is wrong.
+
+The environment variable DATABASE_URL names the database; without it, the dev stack's is audited.
+"""
 
 import argparse
+import os
 import sys
 
 import psycopg
@@ -16,13 +20,11 @@ select
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m devstack.audit", description=__doc__)
-    parser.add_argument(
-        "database_url", nargs="?", default=database_url(54322), help="(%(default)s)"
-    )
-    arguments = parser.parse_args()
+    argparse.ArgumentParser(prog="python -m devstack.audit", description=__doc__).parse_args()
+    # Not an argument: every user of the machine can read those, and the address holds a password.
+    url = os.environ.get("DATABASE_URL") or database_url(54322)
     try:
-        with psycopg.connect(arguments.database_url, connect_timeout=5) as connection:
+        with psycopg.connect(url, connect_timeout=5) as connection:
             # What the function sets for itself holds only where PostgREST calls it.
             connection.execute("set statement_timeout = '10min'")
             faults = connection.execute("select * from public.audit_ledger()").fetchall()

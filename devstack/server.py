@@ -4,10 +4,11 @@ import argparse
 import os
 import signal
 import threading
-from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
+from app.server import serve
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
 from devstack.postgres import database_url
@@ -21,23 +22,24 @@ def main() -> None:
     parser.add_argument("postgres_port", type=int)
     arguments = parser.parse_args()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    if arguments.name == "service":
+        serve("app.main:app", "127.0.0.1", arguments.port)
+        return
     uvicorn.run(
         _application(arguments.name, arguments.postgres_port),
         host="127.0.0.1",
         port=arguments.port,
-        log_level="info" if arguments.name == "service" else "warning",
+        log_level="warning",
         timeout_graceful_shutdown=20,
         timeout_keep_alive=75,
         server_header=False,
     )
 
 
-def _application(name: str, postgres_port: int) -> Any:
+def _application(name: str, postgres_port: int) -> ASGIApp:
     if name == "gateway":
         return create_gateway(database_url(postgres_port, role="authenticator"), JWT_SECRET)
-    if name == "products":
-        return create_products(database_url(postgres_port))
-    return "app.main:app"
+    return create_products(database_url(postgres_port))
 
 
 def _stop_with_parent() -> None:

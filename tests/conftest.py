@@ -1,10 +1,7 @@
 """The real parts that tests share: Postgres, the gateway, the products service, the service."""
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import httpx
 import psycopg
@@ -18,16 +15,15 @@ from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
 from devstack.postgres import apply_migrations, database_url, running_postgres
 from devstack.products import create_products
+from devstack.server_account import temporary_folder
 
 
 @pytest.fixture(scope="session")
 def postgres_port() -> Iterator[int]:
     """A server with an empty database; not in pytest's folder, which only root may enter."""
-    directory = Path(tempfile.mkdtemp(prefix="payment-service-tests-"))
     port = free_port()
-    with running_postgres(directory / "postgres", port):
+    with temporary_folder() as folder, running_postgres(folder / "postgres", port):
         yield port
-    shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="session")

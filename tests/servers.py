@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Self
 
@@ -15,6 +15,7 @@ import httpx
 import uvicorn
 from starlette.types import ASGIApp
 
+from app.server import listen, make_config
 from app.settings import Settings
 from devstack.keys import SERVICE_ROLE_KEY
 
@@ -22,13 +23,11 @@ START_TIMEOUT_SECONDS = 10
 
 
 @contextmanager
-def served(app: ASGIApp) -> Iterator[str]:
+def served(app: ASGIApp, root_path: str = "") -> Iterator[str]:
     """Serve an application over HTTP from a thread; yields its address."""
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, lifespan="on", log_config=None, timeout_keep_alive=75
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = uvicorn.Server(make_config(app, root_path=root_path))
+    sockets = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while not server.started:
@@ -36,7 +35,7 @@ def served(app: ASGIApp) -> Iterator[str]:
             raise RuntimeError("the server did not start")
         time.sleep(0.002)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        yield f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(START_TIMEOUT_SECONDS)
@@ -49,6 +48,7 @@ def service_process(
     *,
     port: int = 0,
     log: IO[bytes] | int | None = None,
+    options: Sequence[str] = (),
     **settings: str,
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Run the payment service as operators do, as a process; yields it, ready, and its address.
@@ -62,10 +62,8 @@ def service_process(
         "PRODUCTS_SERVICE_URL": products_service_url,
         **settings,
     }
-    command = [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port)]
-    command += ["--log-level", "warning", "--no-access-log"]
     with subprocess.Popen(
-        [*command, "--timeout-graceful-shutdown", "20"],
+        [sys.executable, "-m", "app", "--host", "127.0.0.1", "--port", str(port), *options],
         env=os.environ | environment,
         stderr=log,
     ) as process:

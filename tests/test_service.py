@@ -4,10 +4,13 @@ Postgres, the gateway, the products service and the payment service are real (te
 A broken dependency is a real server that responds wrongly, or an address where nothing listens.
 """
 
+import gzip
 import re
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,16 @@ def lose_the_response_of_the_ledger(parts: Parts) -> Response:
         return parts.debit(parts.start(supabase_url=gateway.url, request_timeout_seconds=1))
 
 
+def exchange(parts: Parts, sent: bytes) -> Response:
+    """Send bytes that no client library would send."""
+    address = (parts.service.base_url.host, parts.service.base_url.port or 80)
+    with socket.create_connection(address, timeout=30) as connection:
+        connection.sendall(sent)
+        received = HTTPResponse(connection)
+        received.begin()
+        return Response(received.status, headers=received.getheaders(), content=received.read())
+
+
 def run_into_a_bug(parts: Parts) -> Response:
     del parts
     service = PaymentService(make_settings())
@@ -97,8 +110,15 @@ def run_into_a_bug(parts: Parts) -> Response:
 
 
 NOWHERE = "http://127.0.0.1:1"
+HALF_A_DEBIT = b"POST /payments/debit HTTP/1.1\r\nHost: x\r\nContent-Length: 80\r\n\r\n{"
 CASES: dict[str, Callable[[Parts], Response]] = {
     "invalid_request": lambda p: p.debit(user_id="Alice"),
+    "malformed_request": lambda p: exchange(p, b"no HTTP\r\n\r\n"),
+    "headers_too_large": lambda p: p.service.get("/health", headers={"X-Long": "x" * 70_000}),
+    "request_timeout": lambda p: exchange(p, HALF_A_DEBIT),  # after 10 s
+    "unsupported_encoding": lambda p: p.service.post(
+        "/payments/debit", content=gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"}
+    ),
     "request_too_large": lambda p: p.debit(note="x" * 17_000),
     "unauthenticated": lambda p: ask(start(p.start, p.issuer), None),
     "forbidden": lambda p: ask(start(p.start, p.issuer), make_token(realm_access=None)),

@@ -11,7 +11,6 @@ import random
 import secrets
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -19,7 +18,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from uuid import UUID, uuid4
 
 import httpx
@@ -30,14 +28,9 @@ from servers import await_ready, free_port, served, service_process
 
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
-from devstack.postgres import (
-    PostgresFailed,
-    apply_migrations,
-    database_url,
-    start_postgres,
-    stop_postgres,
-)
+from devstack.postgres import apply_migrations, database_url, start_postgres, stop_postgres
 from devstack.products import create_products
+from devstack.server_account import PostgresFailed, temporary_folder
 
 CLIENTS = 12
 HOT_USERS, COLD_USERS, ITEMS = 3, 200, 12
@@ -121,8 +114,8 @@ class Torture:
 
     def run(self) -> None:
         with ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="payment-torture-"))
-            self.directory, self.port = Path(folder) / "postgres", free_port()
+            folder = stack.enter_context(temporary_folder())
+            self.directory, self.port = folder / "postgres", free_port()
             start_postgres(self.directory, self.port)
             stack.callback(stop_postgres, self.directory)
             apply_migrations(database_url(self.port))

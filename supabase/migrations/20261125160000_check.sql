@@ -557,8 +557,8 @@ begin
     with old as (
       select oid from pg_proc
       where pronamespace = 'public'::regnamespace and proname = 'debit_use'
-        and pg_get_function_identity_arguments(oid) <> 'user_id_input bigint, item_input uuid, '
-        'idempotency_key_input text, expected_price_input bigint'
+        and pg_get_function_identity_arguments(oid) not like 'user_id_input bigint, item_input uuid, '
+        'idempotency_key_input text, expected_price_input bigint%'
     )
 
     select

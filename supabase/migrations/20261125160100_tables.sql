@@ -99,11 +99,13 @@ create table if not exists ledger.declines (
   item_id uuid,
   expected_price bigint,
   price bigint,
+  attempt uuid,
   created_at timestamptz not null default now(),
   constraint declines_pkey primary key (user_id, idempotency_key),
   constraint declines_user_id_fkey foreign key (user_id) references public."Users" (card_id)
 );
 
+alter table ledger.declines add column if not exists attempt uuid;
 alter table ledger.declines drop constraint if exists declines_outcome_known;
 alter table ledger.declines add constraint declines_outcome_known check (
   outcome in (

@@ -21,7 +21,10 @@ from playwright.sync_api import (
     sync_playwright,
 )
 from programs import find_program
+from servers import make_settings, served
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.main import PaymentService
 from devstack.postgres import apply_seed, database_url
 
 ARGUMENTS = [
@@ -209,6 +212,40 @@ def test_authorize_takes_a_token_that_goes_with_the_debit_and_is_forgotten(
     assert watched.errors == []
 
 
+class RemovesPrefix:
+    """What a proxy does that serves the service under /pay."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            assert scope["raw_path"].decode().removeprefix(scope["root_path"]).startswith("/pay/")
+            scope["path"] = scope["path"].replace("/pay/", "/", 1)
+        await self._app(scope, receive, send)
+
+
+@pytest.mark.usefixtures("alice_has_5000")
+@pytest.mark.parametrize("root_path", ["", "/pay"])
+def test_the_pages_work_under_a_prefix_that_a_proxy_removes(
+    watch: Watch, gateway_url: str, products_url: str, root_path: str
+) -> None:
+    service = PaymentService(
+        make_settings(supabase_url=gateway_url, products_service_url=products_url)
+    )
+    with (
+        served(RemovesPrefix(service), root_path) as url,
+        httpx.Client(base_url=url) as client,
+    ):
+        watched = watch(client)
+        try_it_out(watched.page, f"/pay{LINK}")
+        assert execute(watched.page)[1]["new_balance"] == 4650
+        watched.page.goto("/pay/redoc")
+        watched.page.get_by_role("button", name="post /payments/debit").click()
+        shown = watched.page.get_by_text(f"{url}/pay/./payments/debit")
+        expect(shown).to_be_visible()  # the dot is ReDoc's way to join a relative address
+
+
 def test_redoc_shows_the_debit(watch: Watch, seeded_service: httpx.Client) -> None:
     watched = watch(seeded_service)
     page = watched.page
@@ -257,8 +294,8 @@ def shown_answer(page: Page) -> Locator:
     return operation(page).locator(".live-responses-table .response")
 
 
-def try_it_out(page: Page) -> None:
-    page.goto(LINK)
+def try_it_out(page: Page, link: str = LINK) -> None:
+    page.goto(link)
     operation(page).get_by_role("button", name="Try it out").click()
 
 

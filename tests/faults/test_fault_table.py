@@ -15,7 +15,12 @@ from servers import SocketServer, free_port, http_answer
 Start = Callable[..., httpx.Client]
 
 # What the faults that were not passed on, or that say so, allow the caller to be told.
-NOT_DONE = {"database unreachable", "pool exhausted", "statement timeout"}
+NOT_DONE = {
+    "database unreachable",
+    "pool exhausted",
+    "statement timeout",
+    "aborted transaction kept",
+}
 
 
 @dataclass

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,14 +20,9 @@ from app.main import PaymentService
 from app.settings import Settings
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
-from devstack.postgres import (
-    PostgresFailed,
-    apply_migrations,
-    database_url,
-    start_postgres,
-    stop_postgres,
-)
+from devstack.postgres import apply_migrations, database_url, start_postgres, stop_postgres
 from devstack.products import create_products
+from devstack.server_account import PostgresFailed, temporary_folder
 
 Start = Callable[..., httpx.Client]
 
@@ -181,8 +175,8 @@ def assert_told_the_truth(
 @pytest.fixture
 def own_postgres() -> Iterator[tuple[Path, int]]:
     """A server that the test may kill, with the migrations applied."""
-    with tempfile.TemporaryDirectory(prefix="payment-service-killed-") as folder:
-        directory, port = Path(folder) / "postgres", free_port()
+    with temporary_folder() as folder:
+        directory, port = folder / "postgres", free_port()
         start_postgres(directory, port)
         apply_migrations(database_url(port))
         yield directory, port

@@ -1,5 +1,8 @@
 """Bad input gets a clear problem, names the fault, and moves no money."""
 
+import gzip
+import re
+import zlib
 from collections.abc import Iterator
 from uuid import UUID
 
@@ -40,6 +43,30 @@ BAD_BODIES = {
     "user spaced": (b'{"user_id": " 1", "item_id": "%(item)s"}', "#/user_id"),
     "user other digits": ('{"user_id": "\uff11", "item_id": "%(item)s"}'.encode(), "#/user_id"),
     "user object": (b'{"user_id": {}, "item_id": "%(item)s"}', "#/user_id"),
+    "user with a line break": (b'{"user_id": "1\\n", "item_id": "%(item)s"}', "#/user_id"),
+    "user with a sign": (b'{"user_id": "+1", "item_id": "%(item)s"}', "#/user_id"),
+    "user only zeros": (b'{"user_id": "0000", "item_id": "%(item)s"}', "#/user_id"),
+    "user with many zeros": (
+        b'{"user_id": "' + b"0" * 14 + b'1", "item_id": "%(item)s"}',
+        "#/user_id",
+    ),
+    "user twice": (b'{"user_id": 1, "user_id": 2, "item_id": "%(item)s"}', "#/user_id"),
+    "user twice, escaped": (
+        b'{"user\\u005fid": 2, "user_id": 1, "item_id": "%(item)s"}',
+        "#/user_id",
+    ),
+    "user twice, the first nested": (
+        b'{"user_id": {"user_id": [1]}, "user_id": 1, "item_id": "%(item)s"}',
+        "#/user_id",
+    ),
+    "item twice, as a URN": (
+        b'{"user_id": 1, "item_id": "urn:uuid:%(item)s", "item_id": "%(item)s"}',
+        "#/item_id",
+    ),
+    "price twice": (
+        b'{"user_id": 1, "item_id": "%(item)s", "expected_price": null, "expected_price": 1}',
+        "#/expected_price",
+    ),
     "item number": (b'{"user_id": 1, "item_id": 5}', "#/item_id"),
     "item null": (b'{"user_id": 1, "item_id": null}', "#/item_id"),
     "item not a UUID": (b'{"user_id": 1, "item_id": "coffee"}', "#/item_id"),
@@ -121,15 +148,76 @@ def test_another_content_type_is_refused(service: httpx.Client, content_type: st
     ]
 
 
-def test_a_charset_in_the_content_type_is_no_fault(
-    service: httpx.Client, database: Database
-) -> None:
-    response = post(
-        service,
-        f'{{"user_id": 987654321, "item_id": "{UUID(int=5)}"}}'.encode(),
-        **{"Content-Type": "Application/JSON; charset=utf-8"},
-    )
+NOBODYS = f'{{"user_id": 987654321, "item_id": "{UUID(int=5)}"}}'
+
+
+@pytest.mark.parametrize("charset", ["utf-8", '"UTF8"', "us-ascii", "ISO-8859-1"])
+def test_a_charset_in_the_content_type_is_no_fault(service: httpx.Client, charset: str) -> None:
+    content_type = f"Application/JSON; charset={charset}"
+    response = post(service, NOBODYS.encode(), **{"Content-Type": content_type})
     assert response.json()["code"] == "item_not_found"
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "named"),
+    [
+        (gzip.compress(NOBODYS.encode()), {"Content-Encoding": "gzip"}, "gzip"),
+        (gzip.compress(NOBODYS.encode()), {}, "gzip"),
+        (zlib.compress(NOBODYS.encode()), {"Content-Encoding": "deflate"}, "deflate"),
+        (b"x", {"Content-Encoding": "br"}, "br"),
+        (NOBODYS.encode("utf-16"), {}, "UTF-16"),
+        (NOBODYS.encode("utf-16-be"), {}, "UTF-16-BE"),
+        (NOBODYS.encode("utf-32"), {}, "UTF-32"),
+        (NOBODYS.encode("utf-32-le"), {}, "UTF-32-LE"),
+        (NOBODYS.encode(), {"Content-Type": "application/json; charset=utf-16"}, "utf-16"),
+    ],
+)
+def test_an_encoding_that_is_not_supported_is_named(
+    service: httpx.Client, body: bytes, headers: dict[str, str], named: str
+) -> None:
+    response = post(service, body, **headers)
+    problem = response.json()
+    assert (response.status_code, problem["code"]) == (415, "unsupported_encoding")
+    assert re.search(rf"\b{named}\b", problem["detail"])
+
+
+def test_a_byte_order_mark_is_no_fault(service: httpx.Client) -> None:
+    assert post(service, NOBODYS.encode("utf-8-sig")).json()["code"] == "item_not_found"
+
+
+def test_identity_is_no_encoding(service: httpx.Client) -> None:
+    response = post(service, NOBODYS.encode(), **{"Content-Encoding": "identity"})
+    assert response.json()["code"] == "item_not_found"
+
+
+def test_an_item_as_a_urn_is_no_duplicate(service: httpx.Client) -> None:
+    body = f'{{"user_id": 987654321, "item_id": "urn:uuid:{UUID(int=5)}"}}'
+    assert post(service, body.encode()).json()["code"] == "item_not_found"
+
+
+def test_a_json_number_with_leading_zeros_gets_advice(service: httpx.Client) -> None:
+    problem = post(service, f'{{"user_id": 0001001, "item_id": "{ITEM}"}}'.encode()).json()
+    assert problem["code"] == "invalid_request"
+    assert "leading zeros: send a card number as a string" in problem["errors"][0]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("query", "parameter"),
+    [
+        ("user_id=1&user_id=2&idempotency_key=a", "user_id"),
+        ("user_id=1&idempotency_key=a&idempotency_key=a", "idempotency_key"),
+        ("user_id=1&idempotency_key=a&other=1&other=1", "other"),
+        ("user_id=1", "idempotency_key"),
+        ("user_id=%2B1&idempotency_key=a", "user_id"),
+        ("user_id=000&idempotency_key=a", "user_id"),
+    ],
+)
+def test_a_bad_query_is_refused_and_its_parameter_named(
+    service: httpx.Client, query: str, parameter: str
+) -> None:
+    response = service.get(f"/payments/outcome?{query}")
+    assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+    assert [fault["parameter"] for fault in response.json()["errors"]] == [parameter]
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["Content-Length", "chunked"])
@@ -154,6 +242,8 @@ def test_unknown_paths_and_methods_are_problems(service: httpx.Client) -> None:
     assert (unknown.status_code, unknown.json()["code"]) == (404, "not_found")
     slash = service.post("/payments/debit/", json={})
     assert slash.status_code == 404
+    only_get = service.post("/health")
+    assert (only_get.status_code, only_get.headers["allow"]) == (405, "GET, HEAD")
     method = service.get("/payments/debit")
     assert (method.status_code, method.json()["code"]) == (405, "method_not_allowed")
     assert method.headers["allow"] == "POST"

@@ -1,107 +1,39 @@
 """`python -m devstack`: one command that starts everything, and leaves nothing behind."""
 
-import json
 import os
-import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+import psycopg
 import pytest
+from dev_stack import (
+    STOP_TIMEOUT_SECONDS,
+    assert_free,
+    command,
+    free_stack_ports,
+    interrupted_start,
+    run,
+    run_curl_line,
+    running_stack,
+)
 from servers import free_port
 
-START_TIMEOUT_SECONDS = 60
-STOP_TIMEOUT_SECONDS = 30
+from devstack.server_account import temporary_folder
 
 
 @pytest.fixture(scope="module")
 def data() -> Iterator[Path]:
-    """A folder that all users may enter, as that of a fresh clone; pytest's is root's alone."""
-    folder = Path(tempfile.mkdtemp(prefix="payment-service-devstack-"))
-    yield folder
-    shutil.rmtree(folder)
+    with temporary_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
 def ports() -> dict[str, int]:
-    names = ("--port", "--products-port", "--gateway-port", "--postgres-port")
-    return {name: free_port() for name in names}
-
-
-def command(data: Path, ports: dict[str, int]) -> list[str]:
-    options = [word for name, port in ports.items() for word in (name, str(port))]
-    return [sys.executable, "-m", "devstack", "--data", str(data), *options]
-
-
-def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-
-
-@contextmanager
-def running_stack(
-    data: Path, ports: dict[str, int], stop: signal.Signals
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start the stack, wait until it has printed its addresses, and end it with a signal.
-
-    It starts as a shell starts what runs in the background: with SIGINT ignored.
-    """
-    in_background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command(data, ports)]
-    with subprocess.Popen(
-        in_background, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as stack:
-        printed = read_until_up(stack)
-        try:
-            yield stack, printed
-        finally:
-            stack.send_signal(stop)
-            assert stack.stdout is not None
-            stack.stdout.read()  # until every process that can write to it has ended
-
-
-def read_until_up(stack: subprocess.Popen[str]) -> str:
-    assert stack.stdout is not None
-    watchdog = threading.Timer(START_TIMEOUT_SECONDS, stack.kill)
-    watchdog.start()
-    printed = ""
-    for line in stack.stdout:
-        printed += line
-        if "Ctrl-C stops all" in line:
-            break
-    watchdog.cancel()
-    assert "Ctrl-C stops all" in printed, printed
-    return printed
-
-
-def run_curl_line(printed: str) -> dict[str, Any]:
-    line = re.search(r"^curl .*\n.*$", printed, re.MULTILINE)
-    assert line is not None
-    answer = subprocess.run(
-        ["sh", "-c", line[0]], capture_output=True, text=True, check=True, timeout=30
-    )
-    parsed: dict[str, Any] = json.loads(answer.stdout)
-    return parsed
-
-
-def assert_free(ports: dict[str, int]) -> None:
-    for port in ports.values():
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
+    return free_stack_ports()
 
 
 def test_it_starts_stops_is_killed_and_starts_again_with_its_data(
@@ -138,6 +70,14 @@ def test_a_taken_port_is_named(data: Path) -> None:
 def test_a_port_given_twice_is_named(data: Path) -> None:
     port = free_port()
     ended = run(command(data, {"--port": port, "--products-port": port}))
+    assert ended.returncode == 1
+    assert f"Port {port} cannot be used" in ended.stderr
+
+
+def test_a_program_on_the_ipv6_loopback_is_named(data: Path) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        ended = run(command(data, {"--port": port}))
     assert ended.returncode == 1
     assert f"Port {port} cannot be used" in ended.stderr
 
@@ -179,3 +119,42 @@ def test_help_names_every_option() -> None:
     assert shown.returncode == 0
     for option in ("--port", "--products-port", "--gateway-port", "--postgres-port", "--data"):
         assert option in shown.stdout
+
+
+@pytest.mark.parametrize("moment", ["", "Starting Postgres", "Starting the gateway"])
+def test_ctrl_c_during_the_start_ends_everything_with_one_line(
+    data: Path, ports: dict[str, int], moment: str
+) -> None:
+    ended = interrupted_start(command(data / "interrupted", ports), moment)
+    assert ended.returncode == 0
+    assert ended.stdout.endswith("\nStopped.\n")
+    assert "Traceback" not in ended.stderr
+    assert_free(ports)
+
+
+def test_the_database_asks_for_the_password_that_is_in_the_passfile(
+    data: Path, ports: dict[str, int]
+) -> None:
+    passfile = data / "postgres/passfile"
+    with running_stack(data, ports, signal.SIGINT) as (_, printed):
+        url = next(line.split()[1] for line in printed.splitlines() if line.startswith("Postgres "))
+        with psycopg.connect(url) as connection:
+            connection.execute("select 1")
+        for password in ("", "postgres"):
+            with pytest.raises(psycopg.OperationalError, match="password"):
+                psycopg.connect(url.partition("?")[0], password=password, passfile="/dev/null")
+    assert passfile.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_process_id_that_another_program_has_now_is_no_running_server(
+    data: Path, ports: dict[str, int]
+) -> None:
+    pidfile = data / "postgres/postmaster.pid"
+    owner = pidfile.parent.stat()
+    with subprocess.Popen(["sleep", "60"], user=owner.st_uid) as other:
+        pidfile.write_text(f"{other.pid}\n{pidfile.parent}\n0\n0\n\n\n\n")
+        os.chown(pidfile, owner.st_uid, owner.st_gid)
+        with running_stack(data, ports, signal.SIGINT) as (_, printed):
+            assert run_curl_line(printed)["amount"] == 350
+        assert other.poll() is None
+        other.kill()

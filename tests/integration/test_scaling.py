@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +20,9 @@ from servers import free_port
 
 from app.errors import LedgerUnavailable
 from app.ledger import classify_failure
-from devstack.postgres import (
-    POSTGRES_BIN_PATH,
-    apply_migrations,
-    database_url,
-    running_postgres,
-)
+from devstack.postgres import apply_migrations, database_url, running_postgres
+from devstack.programs import POSTGRES_BIN_PATH
+from devstack.server_account import server_account
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 USER, OTHER_USER, POOR_USER = 1, 2, 3
@@ -266,9 +262,9 @@ def replica(ledger: Ledger) -> Iterator[psycopg.Connection]:
         [POSTGRES_BIN_PATH / "pg_basebackup", "-R", "-c", "fast", "-D", directory, "-d", primary],
         check=True,
     )
-    if os.geteuid() == 0:  # then Postgres runs as somebody else
+    if account := server_account():
         for path in (directory, *directory.rglob("*")):
-            shutil.chown(path, user="nobody")
+            os.chown(path, account.pw_uid, account.pw_gid)
     with running_postgres(directory, port):
         url = database_url(port, database=ledger.owner.info.dbname)
         with psycopg.connect(url, autocommit=True) as connection:

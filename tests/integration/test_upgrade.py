@@ -1,5 +1,6 @@
 """Databases that were set up by hand are brought to the contract without losing anything."""
 
+import os
 import re
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_the_old_function_is_replaced_and_debits_go_on(old_url: str) -> None:
             item,
         ).fetchone()
         faults = connection.execute("select * from public.audit_ledger()").fetchall()
-    assert functions == [("debit_use(bigint,uuid,text,bigint)",)]
+    assert functions == [("debit_use(bigint,uuid,text,bigint,uuid)",)]
     assert outcome is not None
     assert outcome[0]["outcome"] == "debited"
     assert faults == []
@@ -110,19 +111,28 @@ def test_a_debt_of_the_honour_system_stays_a_debt(postgres_port: int, old_url: s
 
 
 def test_make_audit_prints_what_it_found(old_url: str) -> None:
-    command = [sys.executable, "-m", "devstack.audit", old_url]
-    before = subprocess.run(command, capture_output=True, text=True, check=False)
+    before = run_audit(old_url)
     apply_migrations(old_url)
-    clean = subprocess.run(command, capture_output=True, text=True, check=False)
+    clean = run_audit(old_url)
     with psycopg.connect(old_url, autocommit=True) as connection:
         connection.execute('alter table public."Users" disable trigger explain_balance')
         connection.execute('update public."Users" set balance = 9 where card_id = 1001')
-    wrong = subprocess.run(command, capture_output=True, text=True, check=False)
+    wrong = run_audit(old_url)
 
     assert (before.returncode, clean.returncode, wrong.returncode) == (1, 0, 1)
     assert "Traceback" not in before.stderr
     assert "The ledger adds up" in clean.stdout
     assert "user 1001: the balance is not that of the last entry" in wrong.stdout
+
+
+def run_audit(url: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "devstack.audit"],
+        env=os.environ | {"DATABASE_URL": url},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 VERSION_0_1 = sorted((Path(__file__).parents[1] / "data" / "version-0.1").glob("*.sql"))

@@ -120,6 +120,13 @@ def test_the_alias_may_repeat_the_key_but_not_differ_from_it(
         ("SUPABASE_KEY", "sb_publishable_abc"),
         ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://localhost:4318/v1/traces"),
         ("PRODUCTS_SERVICE_URL", "products:8001"),
+        ("CORS_ALLOWED_ORIGINS", "*"),
+        ("CORS_ALLOWED_ORIGINS", "null"),
+        ("CORS_ALLOWED_ORIGINS", "kiosk.example.org"),
+        ("CORS_ALLOWED_ORIGINS", "https://kiosk.example.org/"),
+        ("CORS_ALLOWED_ORIGINS", "https://kiosk.example.org/secret"),
+        ("CORS_ALLOWED_ORIGINS", "https://a.example.org https://b.example.org"),
+        ("CORS_ALLOWED_ORIGINS", "https://a.example.org,"),
         ("LOG_LEVEL", "LOUD"),
     ],
 )
@@ -132,6 +139,14 @@ def test_a_wrong_setting_is_named_and_its_value_is_not_told(
     assert f"  {name}: " in str(raised.value)
     told = str(raised.value).replace("secret key", "").replace("AUTH_SECRET", "")
     assert "secret" not in told
+
+
+def test_origins_are_read_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    origins = "https://Kiosk.example.org:443, http://localhost:3000,http://shop.example.org:80"
+    monkeypatch.setenv("CORS_ALLOWED_ORIGINS", origins)
+    assert load_settings().cors_allowed_origins == (
+        *("https://kiosk.example.org", "http://localhost:3000", "http://shop.example.org"),
+    )
 
 
 def test_white_space_around_a_key_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:

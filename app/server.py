@@ -1,0 +1,103 @@
+"""The HTTP server: where it listens, what it allows a connection, and how it stops."""
+
+import errno
+import resource
+import socket
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import uvicorn
+
+from app.http_protocol import CONNECTIONS_MAX, LimitedHttpProtocol
+
+GRACEFUL_SHUTDOWN_SECONDS_MAX = 20
+# Longer than proxies keep an idle connection (60 s as a rule): a proxy that sends on one just as
+# the service closes it responds with 502 by itself.
+KEEP_ALIVE_SECONDS = 75
+OPEN_FILES = 2 * CONNECTIONS_MAX
+NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
+
+
+def make_config(application: Any, *, root_path: str = "") -> uvicorn.Config:
+    """Return the configuration of the server, for an application or its import name."""
+    return uvicorn.Config(
+        application,
+        http=LimitedHttpProtocol,
+        ws="none",
+        lifespan="on",
+        workers=1,
+        root_path=root_path,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_SECONDS_MAX,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        server_header=False,
+        proxy_headers=False,  # nothing depends on the caller's address or scheme
+        access_log=False,
+        log_config=None,  # the service configures the log
+        log_level="warning",
+    )
+
+
+def listen(host: str | None, port: int) -> list[socket.socket]:
+    """Listen on an address; on None, on all addresses of IPv4 and, unless disabled, of IPv6.
+
+    Raises:
+        OSError: the address or the port cannot be used.
+    """
+    sockets: list[socket.socket] = []
+    failure: OSError | None = None
+    for family, _, _, _, address in socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        # With port 0 all families have the port that the first one got.
+        chosen = port or (sockets[0].getsockname()[1] if sockets else 0)
+        try:
+            sockets.append(_listener(family, (address[0], chosen, *address[2:])))
+        except OSError as error:
+            if error.errno not in NO_SUCH_FAMILY:
+                _close(sockets)
+                raise
+            failure = error
+    if failure and not sockets:
+        raise failure
+    return sockets
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for listener in sockets:
+        listener.close()
+
+
+def _listener(family: int, address: Any) -> socket.socket:
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def serve(application: Any, host: str | None, port: int, root_path: str = "") -> None:
+    """Serve until SIGTERM or SIGINT; exit with a message if the port cannot be used."""
+    _allow_open_files()
+    try:
+        sockets = listen(host, port)
+    except OSError as error:
+        where = f"port {port}" if host is None else f"{host}, port {port}"
+        sys.exit(
+            f"The service cannot listen on {where} ({error.strerror}). "
+            "End the program that uses the port, or choose another: --host, --port."
+        )
+    uvicorn.Server(make_config(application, root_path=root_path)).run(sockets)
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files as far as connections need it and the system permits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

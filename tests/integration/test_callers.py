@@ -1,0 +1,133 @@
+"""What ordinary clients send: monitors, card readers, browsers, look-ups by a header."""
+
+from collections.abc import Callable
+from uuid import uuid4
+
+import httpx
+import pytest
+from database import Database
+from servers import free_port
+
+ORIGIN = "https://kiosk.example.org"
+GET_PATHS = [
+    *("/health", "/ready", "/metrics", "/docs", "/redoc", "/openapi.json"),
+    *("/problems", "/problems/overloaded", "/docs/assets/page.css"),
+]
+
+
+@pytest.mark.parametrize("path", GET_PATHS)
+def test_head_is_like_get_without_a_body(service: httpx.Client, path: str) -> None:
+    get, head = service.get(path), service.head(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":  # which grows
+        assert head.headers["content-length"] == get.headers["content-length"]
+    assert service.head("/payments/debit").status_code == 405
+
+
+def test_the_document_has_no_head_operations(service: httpx.Client) -> None:
+    document = service.get("/openapi.json").json()
+    assert all("head" not in methods for methods in document["paths"].values())
+
+
+def test_responses_are_not_stored_and_not_guessed_at(service: httpx.Client) -> None:
+    for path in ("/health", "/problems", "/nowhere", "/payments/outcome", "/openapi.json"):
+        headers = service.get(path).headers
+        assert headers.get_list("cache-control") == ["no-store"], path
+        assert headers.get_list("x-content-type-options") == ["nosniff"], path
+    for path in ("/docs", "/docs/assets/page.css"):
+        headers = service.get(path).headers
+        assert headers.get_list("cache-control") == ["no-cache"], path
+        assert headers.get_list("x-content-type-options") == ["nosniff"], path
+
+
+def test_a_card_number_with_leading_zeros_is_the_same_user(
+    service: httpx.Client, database: Database
+) -> None:
+    user_id, item_id = database.add_user(balance=1000), database.add_item(price=350)
+    key, zeros = str(uuid4()), f"000{user_id}"
+    bodies = [{"user_id": number, "item_id": str(item_id)} for number in (user_id, zeros)]
+    first, second = (
+        service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
+        for body in bodies
+    )
+    assert first.json() == second.json()
+    assert second.headers["idempotent-replayed"] == "true"
+    assert database.balance(user_id) == 650
+    query = {"user_id": zeros, "idempotency_key": key}
+    assert service.get("/payments/outcome", params=query).json() == first.json()
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+def test_the_key_of_a_lookup_may_be_in_the_header(
+    service: httpx.Client, database: Database, quoted: bool
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    key = str(uuid4())
+    body = {"user_id": user_id, "item_id": str(item_id)}
+    payment = service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
+    headers = {"Idempotency-Key": f'"{key}"' if quoted else key}
+    query = {"user_id": str(user_id)}
+    found = service.get("/payments/outcome", params=query, headers=headers)
+    assert found.json() == payment.json()
+    both = service.get(
+        "/payments/outcome", params=query | {"idempotency_key": key}, headers=headers
+    )
+    assert both.json() == payment.json()
+    differs = service.get(
+        "/payments/outcome", params=query | {"idempotency_key": "other"}, headers=headers
+    )
+    assert differs.status_code == 422
+    assert differs.json()["errors"][0]["parameter"] == "idempotency_key"
+
+
+def preflight(service: httpx.Client, origin: str) -> httpx.Response:
+    headers = {
+        "Origin": origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type,idempotency-key,x-request-id",
+    }
+    return service.options("/payments/debit", headers=headers)
+
+
+def test_a_page_of_an_allowed_origin_may_charge(
+    start_service: Callable[..., httpx.Client], database: Database
+) -> None:
+    service = start_service(cors_allowed_origins=f"https://other.example.org, {ORIGIN}:443")
+    allowed = preflight(service, ORIGIN)
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == ORIGIN
+    assert "POST" in allowed.headers["access-control-allow-methods"]
+    assert "x-request-id" in allowed.headers
+    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    for content, status in ((body, 200), ({}, 422)):
+        response = service.post("/payments/debit", json=content, headers={"Origin": ORIGIN})
+        assert response.status_code == status
+        assert response.headers["access-control-allow-origin"] == ORIGIN
+        exposed = response.headers["access-control-expose-headers"]
+        assert {"Idempotent-Replayed", "Retry-After", "X-Request-ID"} <= set(exposed.split(", "))
+
+
+def test_a_page_of_another_origin_may_not(start_service: Callable[..., httpx.Client]) -> None:
+    service = start_service(cors_allowed_origins=ORIGIN)
+    for origin in ("https://evil.example.org", "http://kiosk.example.org", "null"):
+        refused = preflight(service, origin)
+        assert refused.status_code == 400
+        assert "access-control-allow-origin" not in refused.headers
+
+
+def test_no_page_of_another_origin_may_by_default(service: httpx.Client) -> None:
+    assert preflight(service, ORIGIN).status_code == 405
+    response = service.post("/payments/debit", json={}, headers={"Origin": ORIGIN})
+    assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_a_refused_connection_is_logged_as_what_it_is(
+    start_service: Callable[..., httpx.Client], caplog: pytest.LogCaptureFixture
+) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    service = start_service(supabase_url=f"http://{address}")
+    while "ledger_unavailable" not in caplog.text:
+        service.get("/health")
+    assert f"ClientConnectorError Cannot connect to host {address}" in caplog.text
+    assert "Timeout" not in caplog.text

@@ -1,0 +1,194 @@
+"""`python -m app`: where it listens, and what it refuses at the start."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from database import Database
+from servers import RawServer, await_ready, free_port, service_process
+
+from app.server import listen
+
+ROOT = Path(__file__).parent.parent.parent
+SETTINGS = {
+    "PATH": os.environ["PATH"],
+    "PYTHONPATH": str(ROOT),
+    "SUPABASE_URL": "http://127.0.0.1:1",
+    "SUPABASE_KEY": "key",
+    "PRODUCTS_SERVICE_URL": "http://127.0.0.1:1",
+}
+
+
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+def start(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that should end by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env=SETTINGS | settings,
+        cwd=ROOT / "tests",  # no .env here
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_by_default_it_listens_on_ipv4_and_ipv6(gateway_url: str, products_url: str) -> None:
+    port = free_port()
+    environment = SETTINGS | {"SUPABASE_URL": gateway_url, "PRODUCTS_SERVICE_URL": products_url}
+    with subprocess.Popen(
+        [sys.executable, "-m", "app", "--port", str(port)], env=environment, cwd=ROOT / "tests"
+    ) as process:
+        try:
+            await_health(port)
+            for host in ("127.0.0.1", *(["[::1]"] if has_ipv6() else [])):
+                assert httpx.get(f"http://{host}:{port}/health").status_code == 200
+        finally:
+            process.send_signal(signal.SIGTERM)
+    assert process.returncode in (0, -signal.SIGTERM)
+
+
+def await_health(port: int) -> None:
+    while True:
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/health")
+        except httpx.HTTPError:
+            continue
+        return
+
+
+def test_a_request_that_is_cut_off_at_the_end_is_one_line_and_no_traceback(
+    products_url: str, database: Database, tmp_path: Path
+) -> None:
+    """Started otherwise than here, the server may be told to wait no longer than this."""
+    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = ["uvicorn", "app.main:app", "--port", str(port), "--log-level", "warning"]
+    command += ["--timeout-graceful-shutdown", "1"]
+    log = tmp_path / "log"
+    with RawServer(None, holds=True) as gateway, log.open("wb") as file:
+        environment = SETTINGS | {"SUPABASE_URL": gateway.url, "PRODUCTS_SERVICE_URL": products_url}
+        with (
+            subprocess.Popen(
+                [sys.executable, "-m", *command], env=environment, cwd=ROOT / "tests", stderr=file
+            ) as process,
+            ThreadPoolExecutor() as pool,
+        ):
+            await_health(port)
+            debit = pool.submit(httpx.post, f"{address}/payments/debit", json=body, timeout=30)
+            while not any(str(body["item_id"]).encode() in one for one in gateway.requests):
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            process.wait(15)
+            response = debit.result()
+    assert (response.status_code, response.json()["code"]) == (500, "internal_error")
+    assert "the service stopped" in response.json()["detail"].lower()
+    assert "Traceback" not in log.read_text()
+    lines = [json.loads(line) for line in log.read_text().splitlines() if line[0] == "{"]
+    assert [line["code"] for line in lines if line.get("route") == "/payments/debit"] == ["cut_off"]
+
+
+def test_the_query_of_a_handshake_is_not_logged_by_another_start_either(tmp_path: Path) -> None:
+    port = free_port()
+    log = tmp_path / "log"
+    with (
+        log.open("wb") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", "uvicorn", "app.main:app", "--port", str(port)],
+            env=SETTINGS,
+            cwd=ROOT / "tests",
+            stderr=file,
+        ) as process,
+    ):
+        await_health(port)
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(
+                b"GET /payments/outcome?idempotency_key=secret HTTP/1.1\r\nHost: x\r\n"
+                b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+            )
+            assert connection.recv(1024).startswith(b"HTTP/1.1 403")
+        process.send_signal(signal.SIGTERM)
+    assert "secret" not in log.read_text()
+
+
+def test_all_addresses_get_the_same_port() -> None:
+    listeners = listen(None, 0)
+    try:
+        ports = {listener.getsockname()[1] for listener in listeners}
+        assert len(ports) == 1
+        assert len(listeners) == 1 + has_ipv6()
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs network namespaces of Linux")
+def test_where_ipv6_is_disabled_it_listens_on_ipv4() -> None:
+    script = "from app.server import listen; print([one.family.name for one in listen(None, 0)])"
+    disable = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6 && exec"
+    ended = subprocess.run(
+        ["unshare", "-rn", "sh", "-c", f'{disable} "{sys.executable}" -c "{script}"'],
+        env=SETTINGS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not ended.stdout:
+        pytest.skip("this user may not disable IPv6, even in a namespace of its own")
+    assert "AF_INET" in ended.stdout.replace("AF_INET6", "")
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for host in ([], ["--host", "127.0.0.1"]):
+            ended = start("app", *host, "--port", port)
+            assert ended.returncode == 1
+            assert f"port {port} (Address already in use)" in ended.stderr
+            assert "Traceback" not in ended.stderr
+
+
+def test_a_missing_setting_ends_the_start_with_one_message() -> None:
+    ended = start("app", "--port", "0", SUPABASE_URL="")
+    assert ended.returncode == 3
+    assert "SUPABASE_URL: Field required" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        (("app", "--port", "0"), {"WEB_CONCURRENCY": "4"}),
+        (("uvicorn", "app.main:app", "--port", "0"), {"WEB_CONCURRENCY": "2"}),
+        (("uvicorn", "app.main:app", "--port", "0", "--workers", "3"), {}),
+    ],
+)
+def test_several_workers_are_refused_with_the_reason(
+    command: tuple[str, ...], settings: dict[str, str]
+) -> None:
+    ended = start(*command, **settings)
+    assert "/metrics shows only one" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("workers", ["1", "", "auto"])
+def test_one_worker_is_no_fault(gateway_url: str, products_url: str, workers: str) -> None:
+    with service_process(gateway_url, products_url, WEB_CONCURRENCY=workers) as (_, url):
+        await_ready(url)
