@@ -32,22 +32,3 @@ CHECKS: dict[str, Check] = {
 def find_violations(run: Run, checks: dict[str, Check]) -> list[tuple[str, str]]:
     """Return the name of each check that fails, with what is wrong."""
     return [(name, fault) for name, check in checks.items() for fault in check(run)]
-
-
-# The checks that the service does not pass yet.
-NOT_YET: frozenset[str] = frozenset(
-    {
-        "rejections",
-        "replays",
-        "held-row-waits",
-        "held-product-waits",
-        "lookup-waits",
-        "calls",
-        "lookup-calls",
-        "row-waits",
-        "released-rows",
-        "number-of-calls",
-        "outages",
-    }
-)
-PASSING = {name: check for name, check in CHECKS.items() if name not in NOT_YET}

@@ -27,7 +27,8 @@ class Mutation:
     check: str
 
 
-MUTATIONS = (
+# Rows 1, 3, 9, 10, 12, 16 and 17 of the table of faults, as version 0.1 had them.
+FORMER_FAULTS = (
     Mutation(
         "each user with a held row occupies a connection",
         "group_commit.py",
@@ -74,6 +75,8 @@ MUTATIONS = (
         "            return False\n",
         "outages",
     ),
+)
+OTHER_MISTAKES = (
     Mutation(
         "a broken connection means not charged",
         "ledger.py",
@@ -150,7 +153,7 @@ MUTATIONS = (
 def main() -> int:
     """Return 1 if a mistake is not found."""
     missed = 0
-    for mutation in MUTATIONS:
+    for mutation in (*FORMER_FAULTS, *OTHER_MISTAKES):
         found = find_mistake(mutation)
         missed += found is None
         sys.stdout.write(f"{mutation.name}: {found or 'NOT FOUND'}\n")

@@ -5,7 +5,6 @@ import logging
 import random
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -88,7 +87,7 @@ class _Runner:
         self._schedule = schedule
         self._loop = VirtualClockLoop()
         pause = VirtualPause()
-        self._database = Database(deepcopy(schedule.users), deepcopy(schedule.products))
+        self._database = Database(schedule.users, schedule.products)
         self._gateway = Gateway(schedule, self._database, pause.begin, self._loop.note)
         self._run = Run(schedule, self._database, self._gateway, self._loop.trace)
         self._pause = pause

@@ -139,15 +139,15 @@ def _held_rows(schedule: Schedule, draw: random.Random) -> None:
     """More held rows than the pool has connections, and users whose rows are free."""
     held = range(100, 100 + draw.choice((1, 3, 6, 14, 18)))
     _add_world(schedule, [*USERS, *held], balance=10 * PRICE)
-    start = draw.uniform(0, 0.2)
+    start, seconds = draw.uniform(0, 0.2), draw.choice((0.1, 0.6, 0.6, 2.5))
     for user_id in held:
-        length = draw.choice((draw.uniform(0.05, 1.0), draw.uniform(0.05, 1.0), 2.5))
-        schedule.holds.append(Hold(start + draw.uniform(0, 0.05), length, "user", user_id))
-    for _ in range(len(held) + draw.randint(0, 6)):
-        arrival = start + 0.05 + draw.choice((0.0, draw.uniform(0, 0.5)))
-        _add_purchase(schedule, draw, draw.choice(held), [arrival])
+        length = draw.uniform(0.8, 1) * seconds
+        schedule.holds.append(Hold(start, length, "user", user_id))
+        _add_purchase(schedule, draw, user_id, [start + draw.uniform(0, 0.1)])
+    for _ in range(draw.randint(0, 6)):
+        _add_purchase(schedule, draw, draw.choice(held), [start + draw.uniform(0, 1)])
     for _ in range(draw.randint(4, 12)):
-        _add_purchase(schedule, draw, draw.choice(USERS), [start + draw.uniform(0, 1.5)])
+        _add_purchase(schedule, draw, draw.choice(USERS), [start + draw.uniform(0, 1)])
 
 
 def _held_products(schedule: Schedule, draw: random.Random) -> None:
