@@ -143,6 +143,7 @@ class _Lane:
         self._permits = permits
         self._queue: deque[Waiting] = deque()
         self._held: dict[int, _HeldUser] = {}
+        self._skipped: list[Waiting] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_running = False
 
@@ -240,8 +241,15 @@ class _Lane:
         elif self._permits.take():
             self._start_single(waiting)
         else:
-            delay_seconds = random.uniform(0.5, 1) * SKIPPED_SECONDS_MAX  # noqa: S311 - a delay
-            asyncio.get_running_loop().call_later(delay_seconds, self.add, waiting)
+            self._skipped.append(waiting)
+            if len(self._skipped) == 1:
+                delay_seconds = random.uniform(0.5, 1) * SKIPPED_SECONDS_MAX  # noqa: S311 - a delay
+                asyncio.get_running_loop().call_later(delay_seconds, self._add_skipped)
+
+    def _add_skipped(self) -> None:
+        skipped, self._skipped = self._skipped, []
+        for waiting in skipped:
+            self.add(waiting)
 
     def _start_single(self, waiting: Waiting) -> asyncio.Task[None]:
         """Send a debit alone; its user's other debits are parked until it returns."""
