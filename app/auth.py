@@ -52,7 +52,7 @@ class Authentication:
         audience: str | None,
         required_role: str | None,
     ) -> None:
-        self._keys = keys
+        self.keys = keys
         self._issuer = issuer
         self._audience = audience
         self._required_role = required_role
@@ -69,7 +69,7 @@ class Authentication:
         token = _read_token(authorization)
         if not await self._was_accepted(token):
             key_id, algorithm = _read_header(token)
-            keys = await self._keys.get(key_id)
+            keys = await self.keys.get(key_id)
             if keys is None:
                 raise _invalid(UNKNOWN_KEY if key_id else UNNAMED_KEY)
             claims = self._read_claims(token, keys, algorithm)
@@ -89,7 +89,7 @@ class Authentication:
         return (
             known is not None
             and time.time() < known.expires_at
-            and await self._keys.get(known.key_id) is known.keys
+            and await self.keys.get(known.key_id) is known.keys
         )
 
     def _read_claims(self, token: str, keys: SameId, algorithm: str) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from app.errors import (
 )
 from app.group_commit import GroupCommit
 from app.ledger import Ledger
-from app.outcomes import Debited, Outcome
+from app.outcomes import Debited, KeyedDebit, Outcome
 from app.products import Products
 from app.schemas import DebitRequest
 
@@ -48,7 +48,11 @@ class Debits:
         return asyncio.get_running_loop().time() + self._timeout_seconds
 
     async def debit_user_for_item(
-        self, debit: DebitRequest, callers_key: str | None, deadline: float
+        self,
+        debit: DebitRequest,
+        callers_key: str | None,
+        deadline: float,
+        token: str | None = None,
     ) -> Debited:
         """Charge the user for the item, if it is for sale and the ledger's rules allow it.
 
@@ -60,7 +64,7 @@ class Debits:
         self._waiting += 1
         try:
             with self._telling_how_long_to_wait():
-                return await self._debit(debit, callers_key, deadline)
+                return await self._debit(debit, callers_key, deadline, token)
         finally:
             self._waiting -= 1
 
@@ -83,18 +87,18 @@ class Debits:
             raise
 
     async def _debit(
-        self, debit: DebitRequest, callers_key: str | None, deadline: float
+        self, debit: DebitRequest, callers_key: str | None, deadline: float, token: str | None
     ) -> Debited:
         try:
-            item = await self._products.get_item(debit.item_id)
+            item = await self._products.get_item(debit.item_id, token)
             if not item.active:
                 raise ItemInactive
         except (ItemNotFound, ItemInactive, ProductsUnavailable, Forbidden) as refusal:
             if callers_key is None:
                 raise
             return _charged(await self._find_earlier(debit, callers_key, deadline, refusal))
-        key = callers_key or str(uuid4())
-        return _charged(await self._group_commit.debit(debit, key, deadline))
+        sent = KeyedDebit(debit, callers_key or str(uuid4()), uuid4())
+        return _charged(await self._group_commit.debit(sent, deadline))
 
     async def _find_earlier(
         self, debit: DebitRequest, key: str, deadline: float, refusal: PaymentError

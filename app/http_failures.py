@@ -1,10 +1,29 @@
-"""Why a call over HTTP failed, in words for the log; never a value of the request or response."""
+"""Failed calls over HTTP: why they failed, how often that is logged, and when the next one is."""
+
+import asyncio
+import logging
+from collections.abc import Hashable
+from contextvars import Context
 
 import aiohttp
 import httpx
+from cachetools import TTLCache
 
-# The first kind that fits decides; {seconds} is the timeout of the call.
+from app.http_client import ResponseTooLarge
+
+FAILURE_SECONDS = 1.0  # how long a failure is remembered
+SUBJECTS_MAX = 10_000
+LOG_SECONDS = 1.0
+LOG_REASONS_MAX = 20  # of a dependency at a time; a reason can hold what the dependency sent
+
+# What a call can raise. A RecursionError is JSON that is nested without end.
+CALL_ERRORS = (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError, RecursionError)
+
+# The first kind that fits decides; {seconds} is the timeout of the call. No text holds a value of
+# the request or the response.
 REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+    (ResponseTooLarge, "the response is too large"),
+    (httpx.DecodingError, "the response is compressed in a way that cannot be read"),
     (aiohttp.ClientConnectorDNSError, "the host name cannot be resolved"),
     (aiohttp.ClientConnectorCertificateError, "the certificate is not trusted"),
     (aiohttp.ClientSSLError, "the TLS handshake failed"),
@@ -13,7 +32,7 @@ REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str]
     (aiohttp.ConnectionTimeoutError, "no connection in time"),
     (TimeoutError, "no response within {seconds:g} s"),
     (
-        (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError, aiohttp.ClientOSError),
+        (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError),
         "the connection broke before the response was complete",
     ),
     (aiohttp.ClientResponseError, "the response is not HTTP"),
@@ -25,11 +44,85 @@ def describe_failure(error: Exception, timeout_seconds: float) -> str:
     """Return the true reason: the transport calls every failed connection a timeout."""
     if isinstance(error, httpx.HTTPStatusError):
         return f"status {error.response.status_code}"
-    cause = error.__cause__ if isinstance(error, httpx.HTTPError) else None
-    reason = cause or error
+    is_mapped = isinstance(error, httpx.HTTPError) and not isinstance(error, httpx.DecodingError)
+    reason = error.__cause__ if is_mapped and error.__cause__ else error
     if type(reason) is aiohttp.ClientConnectorError:
         return f"no connection ({reason.os_error.strerror or 'refused'})"
     for kinds, text in REASONS:
         if isinstance(reason, kinds):
             return text.format(seconds=timeout_seconds)
     return type(reason).__name__
+
+
+class Failures:
+    """Remembers failures of a dependency, so that an outage costs one call a second.
+
+    A failed call is about a subject, such as an item, and at first only that subject is left alone
+    for a second: a broken record must not stop the others. When a call about another subject fails
+    too, with no success between them, the dependency is down. Then one call a second is made,
+    whatever it is about, until one succeeds. All times are of the event loop's clock.
+    """
+
+    def __init__(self, seconds: float = FAILURE_SECONDS) -> None:
+        self._seconds = seconds
+        self._failed: TTLCache[Hashable, bool] = TTLCache(SUBJECTS_MAX, seconds, _now)
+        self._last_failed: Hashable = None
+        self._is_down = False
+        self._next_call_at = float("-inf")
+
+    def may_call(self, subject: Hashable) -> bool:
+        """Return whether to make a call now; during an outage True is for one caller a second."""
+        if subject in self._failed or _now() < self._next_call_at:
+            return False
+        if self._is_down:
+            self._next_call_at = _now() + self._seconds
+        return True
+
+    def record_failure(self, subject: Hashable) -> None:
+        self._failed[subject] = True
+        if self._last_failed not in (None, subject):
+            self._is_down = True
+            self._next_call_at = _now() + self._seconds
+        else:
+            self._next_call_at = float("-inf")  # it may be the subject's fault: try another one
+        self._last_failed = subject
+
+    def record_success(self) -> None:
+        self._last_failed = None
+        self._is_down = False
+        self._next_call_at = float("-inf")
+
+
+class FailureLog:
+    """Logs why calls of a dependency fail: a reason at once, repetitions as a count a second."""
+
+    def __init__(self, logger: logging.Logger, dependency: str) -> None:
+        self._logger = logger
+        self._dependency = dependency
+        self._repeated: dict[tuple[int, str], int] = {}
+
+    def log(self, level: int, reason: str) -> None:
+        if (level, reason) not in self._repeated and len(self._repeated) >= LOG_REASONS_MAX:
+            reason = "other reasons"
+        if (level, reason) in self._repeated:
+            self._repeated[level, reason] += 1
+            return
+        self._logger.log(level, "%s: %s", self._dependency, reason)
+        self._count(level, reason)
+
+    def _count(self, level: int, reason: str) -> None:
+        self._repeated[level, reason] = 0
+        # In a context of its own: the count is of many requests.
+        loop = asyncio.get_running_loop()
+        loop.call_later(LOG_SECONDS, self._log_count, level, reason, context=Context())
+
+    def _log_count(self, level: int, reason: str) -> None:
+        count = self._repeated.pop((level, reason))
+        if count:
+            text = "%s: %s (%d more in the last second)"
+            self._logger.log(level, text, self._dependency, reason, count)
+            self._count(level, reason)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from typing import Any, NamedTuple
 
-import aiohttp
 import httpx
 import jwt
 from cachetools import TTLCache
@@ -12,12 +11,21 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from app import metrics
 from app.errors import AuthenticationUnavailable
-from app.http_failures import describe_failure
+from app.http_failures import (
+    CALL_ERRORS,
+    FAILURE_SECONDS,
+    FailureLog,
+    Failures,
+    describe_failure,
+)
 from app.retry_after import Pause
 from app.tracing import FAILED, dependency_call
 
 KEYS_TIMEOUT_SECONDS = 2.0
-KEYS_AGE_SECONDS_MAX = 300.0  # after this the keys are asked for again, so that withdrawn ones end
+KEYS_BYTES_MAX = 256 * 1024
+KEYS_AGE_SECONDS_MAX = 300.0  # between two refreshes, so that withdrawn keys end
+RETRY_SECONDS_MIN = 1.0  # after a refresh that failed; doubled each time
+RETRY_SECONDS_MAX = 10.0
 REFRESH_SECONDS_MIN = 1.0  # between two requests for the keys, whatever the tokens name
 ABSENT_SECONDS = 10.0  # how long a key id that the issuer does not publish is refused unasked
 ABSENT_MAX = 256
@@ -26,8 +34,6 @@ RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 # Asymmetric ones only: a secret that both sides know is no proof of who signed, and the public key
 # taken for such a secret is the classic forgery. https://www.rfc-editor.org/rfc/rfc8725#section-2.1
 ALGORITHMS = (*RSA_ALGORITHMS, "ES256", "ES384", "ES512", "EdDSA")
-# A RecursionError is JSON that is nested without end.
-FETCH_ERRORS = (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError, RecursionError)
 JWK_ERRORS = (
     *(jwt.PyJWTError, ValueError, TypeError, LookupError, AttributeError),
     *(NotImplementedError, OverflowError, UnsupportedAlgorithm),
@@ -43,57 +49,96 @@ class IssuerKey(NamedTuple):
     algorithms: list[str]
 
 
-# The keys of one id: some issuers publish an entry for each algorithm. After each fetch it is
-# another object.
+# The keys of one id: some issuers publish an entry for each algorithm. A fetch that finds the same
+# keys leaves the object as it is, so that tokens accepted with it need not be verified anew.
 SameId = tuple[IssuerKey, ...]
 
 
 class IssuerKeys:
     """The keys that an issuer publishes as a JWK set (RFC 7517).
 
-    They are kept, and asked for again when a token names one that is not among them. Requests at
-    a time share one call, and calls keep a distance, so that made-up key ids are no way to burden
-    the issuer. While it cannot be reached, the keys known go on.
+    `keep_fresh` fetches them at startup and every few minutes, and a token that names an unknown
+    key id has them fetched too. Nobody waits for a known key. Requests at a time share one call,
+    and calls keep a distance, so that made-up key ids are no way to burden the issuer. While it
+    cannot be reached, the known keys stay valid.
     """
 
     def __init__(
-        self, client: httpx.AsyncClient, url: str, age_seconds_max: float = KEYS_AGE_SECONDS_MAX
+        self,
+        client: httpx.AsyncClient,
+        url: str,
+        *,
+        age_seconds_max: float = KEYS_AGE_SECONDS_MAX,
+        timeout_seconds: float = KEYS_TIMEOUT_SECONDS,
+        failure_seconds: float = FAILURE_SECONDS,
     ) -> None:
         self._client = client
         self._url = url
         self._age_seconds_max = age_seconds_max
+        self._timeout_seconds = timeout_seconds
         self._keys: dict[str | None, SameId] = {}
         self._pause = Pause("AUTH_JWKS_URL")
+        self._failures = Failures(failure_seconds)
+        self._log = FailureLog(logger, "the issuer's keys cannot be fetched from AUTH_JWKS_URL")
         self._absent: TTLCache[str | None, bool] = TTLCache(ABSENT_MAX, ABSENT_SECONDS)
         self._asked_at = float("-inf")
         self._refreshing: asyncio.Task[bool] | None = None
+        self.last_state = "not asked yet"
         metrics.announce_failing_call("issuer", "get_keys", FAILED)
 
     async def get(self, key_id: str | None) -> SameId | None:
-        """Find the keys of an id; None if the issuer does not publish it.
+        """Return the keys of an id; None if the issuer does not publish it.
 
         Raises:
             AuthenticationUnavailable: it is not known, and the issuer cannot be asked.
         """
-        arrived_at = _now()
-        key = self._find(key_id)
-        if key and arrived_at - self._asked_at <= self._age_seconds_max:
-            return key
-        if key is None and key_id in self._absent:
+        keys = self._find(key_id)
+        if keys is not None:
+            return keys
+        if key_id in self._absent:
             return None
-        # Also for a known key that is old, since it may be withdrawn; others go on meanwhile.
-        have_come = await asyncio.shield(self._refresh())
-        if have_come and self._asked_at < arrived_at and self._find(key_id) is None:
+        arrived_at = _now()
+        is_fetched = await self._refresh()
+        if is_fetched and self._asked_at < arrived_at and self._find(key_id) is None:
             # They were asked for before this token came, and its key may be newer.
-            have_come = await asyncio.shield(self._refresh())
-        key = self._find(key_id)
-        if key is None and not have_come:
-            problem = AuthenticationUnavailable()
-            problem.headers = self._pause.headers(problem.headers)
-            raise problem
-        if key is None:
+            is_fetched = await self._refresh()
+        keys = self._find(key_id)
+        if keys is None and not is_fetched:
+            raise self._unavailable()
+        if keys is None:
             self._absent[key_id] = True
-        return key
+        return keys
+
+    async def check(self) -> None:
+        """Fetch the keys if they have never been fetched.
+
+        Raises:
+            AuthenticationUnavailable: they could not be fetched.
+        """
+        if not self._keys and not await self._refresh():
+            raise self._unavailable()
+
+    async def keep_fresh(self) -> None:
+        """Fetch the keys now and again before they are old, so that withdrawn ones end."""
+        retry_seconds = RETRY_SECONDS_MIN
+        while True:
+            try:
+                is_fetched = await self._refresh()
+            except Exception:
+                logger.exception("a fault of this service: the issuer's keys were not refreshed")
+                is_fetched = False
+            if is_fetched:
+                retry_seconds = RETRY_SECONDS_MIN
+                await asyncio.sleep(self._age_seconds_max)
+            else:
+                await asyncio.sleep(max(retry_seconds, self._pause.seconds_left()))
+                retry_seconds = min(2 * retry_seconds, RETRY_SECONDS_MAX)
+
+    async def close(self) -> None:
+        """End the call under way."""
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            await asyncio.gather(self._refreshing, return_exceptions=True)
 
     def _find(self, key_id: str | None) -> SameId | None:
         # https://openid.net/specs/openid-connect-core-1_0.html#Signing: a token may leave out
@@ -102,28 +147,41 @@ class IssuerKeys:
             return next(iter(self._keys.values()))
         return self._keys.get(key_id)
 
-    def _refresh(self) -> asyncio.Task[bool]:
-        """Ask for the keys, or join those who are asking; true when they came."""
+    async def _refresh(self) -> bool:
+        """Fetch the keys, together with those who wait for them; return whether they came."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._fetch())
-        return self._refreshing
+        return await asyncio.shield(self._refreshing)
 
     async def _fetch(self) -> bool:
-        if self._pause.seconds_left():
+        if self._pause.seconds_left() or not self._failures.may_call(self._url):
             return False
         await asyncio.sleep(self._asked_at + REFRESH_SECONDS_MIN - _now())
         self._asked_at = _now()
         try:
             with dependency_call("issuer", "get_keys"):
-                async with asyncio.timeout(KEYS_TIMEOUT_SECONDS):
+                async with asyncio.timeout(self._timeout_seconds):
                     response = await self._client.get(self._url)
                 await self._pause.read(response)
-                self._keys = _read_keys(response.raise_for_status().json())
-        except FETCH_ERRORS as error:
-            reason = describe_failure(error, KEYS_TIMEOUT_SECONDS)
-            logger.warning("the issuer's keys cannot be fetched from AUTH_JWKS_URL: %s", reason)
+                keys = _read_keys(response.raise_for_status().json())
+        except CALL_ERRORS as error:
+            self.last_state = "unavailable"
+            self._failures.record_failure(self._url)
+            self._log.log(logging.WARNING, describe_failure(error, self._timeout_seconds))
             return False
+        self.last_state = "ok"
+        self._failures.record_success()
+        known = self._keys
+        self._keys = {
+            key_id: known[key_id] if known.get(key_id) == same_id else same_id
+            for key_id, same_id in keys.items()
+        }
         return True
+
+    def _unavailable(self) -> AuthenticationUnavailable:
+        problem = AuthenticationUnavailable()
+        problem.headers = self._pause.headers(problem.headers)
+        return problem
 
 
 def _read_keys(document: object) -> dict[str | None, SameId]:

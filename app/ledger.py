@@ -1,7 +1,6 @@
 """The ledger: calls of the Postgres functions behind Supabase, and what their failures mean."""
 
 import asyncio
-import itertools
 import logging
 import random
 import re
@@ -16,17 +15,19 @@ from supabase import AsyncClient
 
 from app import metrics
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
-from app.outcomes import Outcome, read_batch, read_found, read_outcome
+from app.http_failures import FailureLog, describe_failure
+from app.outcomes import KeyedDebit, Outcome, read_batch, read_found, read_outcome
 from app.retry_after import Pause
-from app.schemas import DebitRequest
 from app.tracing import dependency_call
 
 # Longer than the function's own statement_timeout (4 s), so that the database gives up first.
 CALL_TIMEOUT_SECONDS = 5.0
 CALLS_MAX = 100
+LOOKUPS_MAX = 8  # so that look-ups leave most of PostgREST's connections to debits
 
-# Before the same question is put again; each time up to twice as long, and never two alike.
-FIRST_DELAY_SECONDS_MAX = 0.1
+# A call that was certainly not done is repeated for so long, for example while Postgres restarts.
+NOT_DONE_SECONDS_MAX = 3.0
+FIRST_DELAY_SECONDS_MAX = 0.1  # before a call is repeated; each time up to twice as long
 DELAY_SECONDS_MAX = 1.0
 
 # The transport calls every broken connection a connect timeout, also one that broke after sending;
@@ -37,14 +38,26 @@ NEVER_SENT = (
 )
 # The transaction was not begun or was rolled back: PostgREST had no connection or no schema cache
 # (PGRST000, 002, 003), or Postgres gave up on a lock or on time, could not serialise, or only
-# reads: 25006, and 0A000 of a replica, where PostgREST asks for a transaction that writes.
+# reads: 25006, and 0A000 of a replica, where PostgREST asks for a transaction that writes. 25P02: a
+# cancelled COMMIT left PostgREST a connection in an aborted transaction, which rejects everything.
 # https://docs.postgrest.org/en/stable/references/errors.html and the manual's appendix A.
 NOT_DONE_CODES = (
-    *("PGRST000", "PGRST002", "PGRST003"),
-    *("53", "55P03", "57014", "40001", "40P01", "25006", "0A000"),
+    "PGRST000",
+    "PGRST002",
+    "PGRST003",
+    "53",
+    "55P03",
+    "57014",
+    "40001",
+    "40P01",
+    "25006",
+    "25P02",
+    "0A000",
 )
 # The connection to the database was lost, perhaps after the commit, or PostgREST itself failed.
-UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0", "40003")
+# XX000: a node of a cluster was lost at the commit.
+UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0", "40003", "XX000")
+MESSAGE_LENGTH_MAX = 200  # of an error, in the log
 # A code of PostgREST or of Postgres. What has another is a word of somebody between, such as a
 # proxy, or the HTTP status that the client puts in: neither tells about the transaction.
 LEDGER_CODE = re.compile(r"PGRST\w+|[0-9A-Z]{5}")
@@ -73,71 +86,55 @@ class Ledger:
         # was done. Calls that are not sent during the pause are certainly not done.
         self.pause = pause or Pause("SUPABASE_URL", ())
         self._calls = asyncio.Semaphore(CALLS_MAX)
+        self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
+        self._failures = FailureLog(logger, "ledger")
         self.last_state = "not asked yet"
 
-    async def debit(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
+    async def debit(
+        self, sent: KeyedDebit, deadline: float, *, perhaps_done: bool = False
+    ) -> Outcome:
         """Charge the user the item's price, once for each key of a user.
 
-        A call that was certainly not done is tried once more; one that may have been done is asked
-        again until the deadline. Both under the same key, so nobody is charged twice.
+        The call is repeated under the same key, so nobody is charged twice: for a few seconds if it
+        was certainly not done, until the deadline if it may have been done. Once it may have been
+        done, a later attempt that was not does not make it "not charged".
 
         Raises:
             PaymentError: the ledger failed; the class says what that means for the debit.
         """
-        try:
+        repeats = Repeats(self.pause, deadline, perhaps_done=perhaps_done)
+        while True:
             try:
-                return await self._ask(debit, key, deadline)
-            except LedgerUnavailable:
-                delay_seconds = self.pause.seconds_left() + _delay_seconds(1)
-                if _now() + delay_seconds + CALL_TIMEOUT_SECONDS > deadline:
-                    raise
-                await asyncio.sleep(delay_seconds)
-                return await self._ask(debit, key, deadline)
-        except OutcomeUnknown:
-            return await self.settle(debit, key, deadline)
+                return await self._ask(sent, deadline)
+            except PaymentError as failure:
+                if await repeats.again_after(failure):
+                    continue
+                if repeats.perhaps_done:
+                    raise OutcomeUnknown(idempotency_key=sent.key) from failure
+                raise
 
-    async def settle(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
-        """Ask again until an answer comes; what may be done never becomes "not done".
-
-        Raises:
-            OutcomeUnknown: none came before the deadline.
-        """
-        for calls in itertools.count(1):
-            delay_seconds = self.pause.seconds_left() + _delay_seconds(calls)
-            if _now() + delay_seconds >= deadline:
-                break
-            await asyncio.sleep(delay_seconds)
-            try:
-                outcome = await self._ask(debit, key, deadline)
-            except (OutcomeUnknown, LedgerUnavailable):
-                continue
-            except LedgerRejected:
-                break
-            # Whatever is replayed now is this request's own answer, lost on its way.
-            return outcome.model_copy(update={"replayed": False})
-        raise OutcomeUnknown(idempotency_key=key)
-
-    async def debit_batch(self, debits: Sequence[tuple[DebitRequest, str]]) -> list[Outcome | None]:
-        """Ask once for many debits with their keys; None is a user whose row somebody holds.
+    async def debit_batch(self, sent: Sequence[KeyedDebit]) -> list[Outcome | None]:
+        """Ask once for many debits; None: another transaction holds the user's or the item's row.
 
         Raises:
             PaymentError: the ledger failed; the class says what that means for all of them.
         """
-        wishes: list[JSON] = [
+        debits: list[JSON] = [
             {
                 "user_id": debit.user_id,
                 "item_id": str(debit.item_id),
                 "idempotency_key": key,
                 "expected_price": debit.expected_price,
+                "attempt": str(attempt),
             }
-            for debit, key in debits
+            for debit, key, attempt in sent
         ]
-        metrics.BATCH_SIZE.observe(len(debits))
+        metrics.BATCH_SIZE.observe(len(sent))
         return await self._call(
             "debit_use_batch",
-            {"debits": wishes},
+            {"debits": debits},
             _now() + CALL_TIMEOUT_SECONDS,
-            lambda answer: read_batch(answer, [debit for debit, _ in debits]),
+            lambda answer: read_batch(answer, sent),
         )
 
     async def find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
@@ -148,7 +145,7 @@ class Ledger:
         """
         arguments: dict[str, JSON] = {"user_id_input": user_id, "idempotency_key_input": key}
         try:
-            return await self._call("find_payment", arguments, deadline, read_found)
+            return await self._call("find_payment", arguments, deadline, read_found, self._lookups)
         except PaymentError as error:
             raise LedgerUnavailable from error
 
@@ -160,16 +157,17 @@ class Ledger:
         """
         await self._call("check_ledger", {}, _now() + CALL_TIMEOUT_SECONDS, _read_check)
 
-    async def _ask(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
+    async def _ask(self, sent: KeyedDebit, deadline: float) -> Outcome:
         arguments: dict[str, JSON] = {
-            "user_id_input": debit.user_id,
-            "item_input": str(debit.item_id),
-            "idempotency_key_input": key,
-            "expected_price_input": debit.expected_price,
+            "user_id_input": sent.debit.user_id,
+            "item_input": str(sent.debit.item_id),
+            "idempotency_key_input": sent.key,
+            "expected_price_input": sent.debit.expected_price,
+            "attempt_input": str(sent.attempt),
         }
         metrics.BATCH_SIZE.observe(1)
         return await self._call(
-            "debit_use", arguments, deadline, lambda answer: read_outcome(answer, debit)
+            "debit_use", arguments, deadline, lambda answer: read_outcome(answer, sent)
         )
 
     async def _call(
@@ -178,10 +176,12 @@ class Ledger:
         arguments: dict[str, JSON],
         deadline: float,
         read: Callable[[object], Answer],
+        permits: asyncio.Semaphore | None = None,
     ) -> Answer:
+        permits = permits or self._calls
         try:
             async with asyncio.timeout_at(deadline):
-                await self._calls.acquire()
+                await permits.acquire()
         except TimeoutError as error:
             raise LedgerUnavailable from error  # it was never sent
         try:
@@ -190,7 +190,7 @@ class Ledger:
             with dependency_call("ledger", function):
                 return await self._ask_once(function, arguments, deadline, read)
         finally:
-            self._calls.release()
+            permits.release()
 
     async def _ask_once(
         self,
@@ -207,10 +207,35 @@ class Ledger:
             failure = classify_failure(error)
             self.last_state = failure.code
             level = logging.ERROR if failure is LedgerRejected else logging.WARNING
-            logger.log(level, "%s: %s: %s", function, failure.code, _describe(error))
+            self._failures.log(level, f"{function}: {failure.code}: {_describe(error)}")
             raise failure from error
         self.last_state = "ok"
         return answer
+
+
+class Repeats:
+    """Whether a failed call is repeated, when, and what its failures mean together."""
+
+    def __init__(self, pause: Pause, deadline: float, *, perhaps_done: bool = False) -> None:
+        self.perhaps_done = perhaps_done
+        self._pause = pause
+        self._deadline = deadline
+        self._not_done_until = _now() + NOT_DONE_SECONDS_MAX
+        self._calls = 0
+
+    async def again_after(self, failure: PaymentError) -> bool:
+        """Wait until the call may be repeated; False if it may not."""
+        self._calls += 1
+        if isinstance(failure, OutcomeUnknown):
+            self.perhaps_done = True
+        elif not isinstance(failure, LedgerUnavailable):
+            return False
+        delay_seconds = self._pause.seconds_left() + _delay_seconds(self._calls)
+        at = _now() + delay_seconds
+        if at >= self._deadline or (not self.perhaps_done and at > self._not_done_until):
+            return False
+        await asyncio.sleep(delay_seconds)
+        return True
 
 
 def classify_failure(error: Exception) -> type[PaymentError]:
@@ -248,11 +273,7 @@ def _now() -> float:
 
 def _describe(error: Exception) -> str:
     if isinstance(error, APIError):
-        return f"{error.code or 'an answer without a code:'} {error.message}"
-    # The transport calls every failed connection a timeout; its cause says what it was.
-    cause = error.__cause__ or error
-    return f"{type(cause).__name__} {_first_line(cause)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
+        # A proxy's page as a message has lines without end.
+        message = next(iter(str(error.message).splitlines()), "")[:MESSAGE_LENGTH_MAX]
+        return f"{error.code or 'an answer without a code:'} {message}"
+    return describe_failure(error, CALL_TIMEOUT_SECONDS)

@@ -7,11 +7,9 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
-import aiohttp
 import httpx
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from httpx_aiohttp import AiohttpTransport
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -23,13 +21,13 @@ from app.debit import Debits
 from app.documentation import add_documentation
 from app.errors import PaymentError
 from app.group_commit import GroupCommit
-from app.issuer_keys import KEYS_TIMEOUT_SECONDS, IssuerKeys
-from app.ledger import CALL_TIMEOUT_SECONDS, CALLS_MAX, Ledger
+from app.http_client import http_client
+from app.issuer_keys import KEYS_BYTES_MAX, KEYS_TIMEOUT_SECONDS, IssuerKeys
+from app.ledger import CALL_TIMEOUT_SECONDS, CALLS_MAX, LOOKUPS_MAX, Ledger
 from app.logs import configure_logging
 from app.observability import RequestContext
 from app.problems import answer_http_exception, answer_invalid_parameters, answer_payment_error
-from app.products import PRODUCTS_TIMEOUT_SECONDS, Products
-from app.proxies import find_proxy
+from app.products import ITEM_BYTES_MAX, PRODUCTS_TIMEOUT_SECONDS, Products
 from app.readiness import Readiness
 from app.retry_after import Pause
 from app.routes import PROTECTED_PATHS, Services, add_routes
@@ -39,17 +37,14 @@ from app.startup import (
     building,
     check_trace_variables,
     describe_startup_failure,
-    load_certificates,
     trace_variables,
     with_startup_message,
 )
-from app.tracing import RequestSpans, pass_on_traceparent
+from app.tracing import RequestSpans
 from app.workers import refuse_several_workers
 
-CONNECT_TIMEOUT_SECONDS = 1.0
+LEDGER_RESPONSE_BYTES_MAX = 1024 * 1024
 GARBAGE_THRESHOLD = 5_000  # objects; higher takes memory and gains nothing
-CONNECTION_IDLE_SECONDS_MAX = 5.0
-DNS_SECONDS_MAX = 10
 
 TOKEN_SCHEME = {
     "type": "http",
@@ -148,12 +143,21 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
 
                 stack.enter_context(exported_traces(settings.otel_exporter_otlp_endpoint))
         products_client = await stack.enter_async_context(
-            _http_client(
-                PRODUCTS_TIMEOUT_SECONDS, "PRODUCTS_SERVICE_URL", settings.products_service_url
+            http_client(
+                "PRODUCTS_SERVICE_URL",
+                settings.products_service_url,
+                timeout_seconds=PRODUCTS_TIMEOUT_SECONDS,
+                response_bytes_max=ITEM_BYTES_MAX,
             )
         )
         ledger_client = await stack.enter_async_context(
-            _http_client(CALL_TIMEOUT_SECONDS, "SUPABASE_URL", settings.supabase_url)
+            http_client(
+                "SUPABASE_URL",
+                settings.supabase_url,
+                timeout_seconds=CALL_TIMEOUT_SECONDS,
+                response_bytes_max=LEDGER_RESPONSE_BYTES_MAX,
+                connections_max=CALLS_MAX + LOOKUPS_MAX,
+            )
         )
         # PostgREST sends a Retry-After with each 503; how soon those are repeated is decided here.
         pause = Pause("SUPABASE_URL", {httpx.codes.TOO_MANY_REQUESTS})
@@ -167,6 +171,7 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
                 ),
             )
         products = Products(products_client, settings.products_cache_seconds)
+        stack.push_async_callback(products.close)
         ledger = Ledger(supabase, pause)
         debits = Debits(
             products,
@@ -178,7 +183,8 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
         authentication = await _open_authentication(stack, settings)
         services = Services(authentication, debits, products, ledger, Readiness())
         stack.enter_context(services.readiness.ended_by_sigterm())
-        waiting = asyncio.create_task(services.readiness.await_ledger(services.ledger))
+        checks = [ledger.check, *([authentication.keys.check] if authentication else [])]
+        waiting = asyncio.create_task(services.readiness.await_dependencies(*checks))
         stack.push_async_callback(_cancel, waiting)
         _spare_the_garbage_collector()
         yield {"services": services}
@@ -199,10 +205,18 @@ async def _open_authentication(stack: AsyncExitStack, settings: Settings) -> Aut
         if getattr(settings, name) is None:
             logger.warning("%s is not set: %s may charge anybody", name.upper(), who)
     client = await stack.enter_async_context(
-        _http_client(KEYS_TIMEOUT_SECONDS, "AUTH_JWKS_URL", settings.auth_jwks_url)
+        http_client(
+            "AUTH_JWKS_URL",
+            settings.auth_jwks_url,
+            timeout_seconds=KEYS_TIMEOUT_SECONDS,
+            response_bytes_max=KEYS_BYTES_MAX,
+        )
     )
+    keys = IssuerKeys(client, settings.auth_jwks_url)
+    stack.push_async_callback(keys.close)
+    stack.push_async_callback(_cancel, asyncio.create_task(keys.keep_fresh()))
     return Authentication(
-        IssuerKeys(client, settings.auth_jwks_url),
+        keys,
         issuer=settings.auth_issuer,
         audience=settings.auth_audience,
         required_role=settings.auth_required_role,
@@ -214,36 +228,6 @@ def _spare_the_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(GARBAGE_THRESHOLD)
-
-
-def _http_client(timeout_seconds: float, setting: str, address: str) -> httpx.AsyncClient:
-    """Make a client for the address that a setting holds, which is its base address too."""
-    # Over aiohttp a call costs a third of what it costs over httpx's own transport. It is given
-    # the certificates, or it would read them once more.
-    certificates = load_certificates()
-    proxy = find_proxy(address)
-    if proxy:
-        logger.info("%s is called through a proxy", setting)
-    connector = aiohttp.TCPConnector(
-        limit=CALLS_MAX,
-        keepalive_timeout=CONNECTION_IDLE_SECONDS_MAX,
-        ttl_dns_cache=DNS_SECONDS_MAX,
-        ssl=certificates,
-    )
-    session = aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers={"User-Agent"},
-        proxy=proxy,
-    )
-    return httpx.AsyncClient(
-        transport=AiohttpTransport(client=session, verify=certificates),
-        base_url=address,
-        timeout=httpx.Timeout(
-            timeout_seconds, connect=CONNECT_TIMEOUT_SECONDS, pool=CONNECT_TIMEOUT_SECONDS
-        ),
-        event_hooks={"request": [pass_on_traceparent]},
-    )
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

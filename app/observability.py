@@ -63,6 +63,8 @@ class RequestContext:
                 headers = message["headers"]
                 if not any(name == b"cache-control" for name, _ in headers):
                     headers = [*headers, *RESPONSE_HEADERS]
+                if _is_stopping(state):
+                    headers = [*headers, (b"connection", b"close")]
                 message["headers"] = [*headers, request_id_header]
             await send(message)
 
@@ -132,6 +134,11 @@ class RequestContext:
         timer = metrics.REQUEST_SECONDS.labels(method, route, str(status))
         self._timers[endpoint, method, status] = route, timer
         return route, timer
+
+
+def _is_stopping(state: dict[str, Any]) -> bool:
+    services = state.get("services")
+    return services is not None and services.readiness.status == "stopping"
 
 
 def _read_ids(scope: Scope) -> RequestIds:

@@ -1,7 +1,7 @@
 """What the database functions answer: the outcome of a debit, done or declined."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
@@ -35,6 +35,14 @@ OUTCOME_ERRORS: dict[str, type[PaymentError]] = {
 BUSY = "busy"
 
 
+class KeyedDebit(NamedTuple):
+    """A debit as the ledger takes it: with its key, and an id of this request for it."""
+
+    debit: DebitRequest
+    key: str
+    attempt: UUID
+
+
 class Debited(Payment):
     """The user was charged; what callers do not see of it is left out of the answer."""
 
@@ -43,6 +51,10 @@ class Debited(Payment):
     outcome: Literal["debited"] = Field(exclude=True)
     expected_price: int | None = Field(exclude=True)
     replayed: bool = Field(exclude=True)
+
+    @property
+    def attempt(self) -> UUID:
+        return self.transaction_id
 
     def is_about(self, debit: DebitRequest) -> bool:
         return (self.user_id, self.item_id, self.expected_price) == (
@@ -61,6 +73,7 @@ class Declined(BaseModel):
     expected_price: int | None
     replayed: bool
     price: int | None = None
+    attempt: UUID | None = None
 
     @field_validator("outcome")
     @classmethod
@@ -86,29 +99,31 @@ _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 _OUTCOME_OR_NONE: TypeAdapter[Outcome | None] = TypeAdapter(Outcome | None)
 
 
-def read_outcome(answer: object, debit: DebitRequest) -> Outcome:
-    """Read what debit_use answered.
+def read_outcome(answer: object, sent: KeyedDebit) -> Outcome:
+    """Read what debit_use returned. This request's own lost response is no replay.
 
     Raises:
         ValueError: it is no outcome, or that of another debit.
     """
     outcome = _OUTCOME.validate_python(answer)
-    if not outcome.is_about(debit):
+    if not outcome.is_about(sent.debit):
         raise ValueError("the outcome is about another debit")
+    if outcome.replayed and outcome.attempt == sent.attempt:
+        return outcome.model_copy(update={"replayed": False})
     return outcome
 
 
-def read_batch(answer: object, debits: Sequence[DebitRequest]) -> list[Outcome | None]:
-    """Read what debit_use_batch answered; None stands for a user whose row somebody holds.
+def read_batch(answer: object, sent: Sequence[KeyedDebit]) -> list[Outcome | None]:
+    """Read what debit_use_batch returned; None: another transaction holds the user or the item.
 
     Raises:
         ValueError: it is not a list of these debits' outcomes.
     """
-    if not isinstance(answer, list) or len(answer) != len(debits):
+    if not isinstance(answer, list) or len(answer) != len(sent):
         raise ValueError("there is not one outcome for each debit")
     return [
         None if isinstance(one, dict) and one.get("outcome") == BUSY else read_outcome(one, debit)
-        for one, debit in zip(answer, debits, strict=True)
+        for one, debit in zip(answer, sent, strict=True)
     ]
 
 

@@ -2,41 +2,31 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
-from contextvars import ContextVar
+from typing import NamedTuple
 from uuid import UUID
 
-import aiohttp
 import httpx
-from async_lru import alru_cache
-from cachetools import TTLCache
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import metrics
-from app.errors import Forbidden, ItemNotFound, ProductsUnavailable
-from app.http_failures import describe_failure
+from app.errors import Forbidden, ItemNotFound, PaymentError, ProductsUnavailable
+from app.http_failures import (
+    CALL_ERRORS,
+    FAILURE_SECONDS,
+    FailureLog,
+    Failures,
+    describe_failure,
+)
 from app.retry_after import Pause
 from app.tracing import dependency_call
 
 PRODUCTS_TIMEOUT_SECONDS = 2.0
-LAST_GOOD_SECONDS_MAX = 60.0
+CACHE_SECONDS_MAX = 60.0
 ITEMS_MAX = 10_000
-# A RecursionError is JSON that is nested without end.
-CALL_ERRORS = (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError, RecursionError)
+ITEM_BYTES_MAX = 64 * 1024
 REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
-# What the caller proved itself with, for the products service to ask for too.
-callers_token: ContextVar[str | None] = ContextVar("callers_token", default=None)
-
 logger = logging.getLogger(__name__)
-
-
-class _TokenRefused(Exception):
-    """The products service does not take this caller's token."""
-
-    def __init__(self, token: str) -> None:
-        super().__init__()
-        self.token = token
 
 
 class Item(BaseModel):
@@ -49,66 +39,135 @@ class Item(BaseModel):
     active: bool
 
 
-class Products:
-    """Client of the products service; it asks once for an item in a while.
+class _Cached(NamedTuple):
+    item: Item
+    since: float  # by the event loop's clock
 
-    An answer is kept for `cache_seconds`, for all callers, and requests for one item at a time
-    share one call. When the service fails, its last good answer is used for a while longer: what
-    counts, the price and whether the item is for sale, the ledger checks again.
+
+class _Call(NamedTuple):
+    """A call under way, for everybody who needs the item; made with the first one's token."""
+
+    token: str | None
+    result: asyncio.Task[Item | PaymentError]
+
+
+class Products:
+    """Client of the products service, with a cache of its responses for all callers.
+
+    A response is used for `cache_seconds`. After that it is used for up to a minute while one call
+    in the background refreshes it, since the ledger checks the item and its price again. Only a
+    caller whose item is not known waits, or whose item was not for sale: nobody checks that again.
+    With `cache_seconds` 0 everybody waits for a response, except while the service fails.
     """
 
-    def __init__(self, client: httpx.AsyncClient, cache_seconds: float) -> None:
+    def __init__(
+        self,
+        client: httpx.AsyncClient,
+        cache_seconds: float,
+        *,
+        timeout_seconds: float = PRODUCTS_TIMEOUT_SECONDS,
+        failure_seconds: float = FAILURE_SECONDS,
+        items_max: int = ITEMS_MAX,
+    ) -> None:
         self._client = client
-        self._fetch: Callable[[UUID], Awaitable[Item]] = self._fetch_item
-        if cache_seconds > 0:
-            self._fetch = alru_cache(maxsize=ITEMS_MAX, ttl=cache_seconds)(self._fetch_item)
-        self._last_good: TTLCache[UUID, Item] = TTLCache(ITEMS_MAX, LAST_GOOD_SECONDS_MAX)
+        self._items_max = items_max
+        self._cache_seconds = cache_seconds
+        self._timeout_seconds = timeout_seconds
+        self._cache: dict[UUID, _Cached] = {}  # the oldest response first
+        self._calls: dict[UUID, _Call] = {}
         self._pause = Pause("PRODUCTS_SERVICE_URL")
+        self._failures = Failures(failure_seconds)
+        self._log = FailureLog(logger, "products service")
         self.last_state = "not asked yet"
         metrics.announce_failing_call("products", "get_item", ProductsUnavailable.code)
 
-    async def get_item(self, item_id: UUID) -> Item:
-        """Ask for an item.
+    async def get_item(self, item_id: UUID, token: str | None = None) -> Item:
+        """Return an item, asked for with the caller's token if it is not cached.
 
         Raises:
             ItemNotFound: the products service says that there is none.
             Forbidden: it refuses the caller's token.
-            ProductsUnavailable: it is down, slow, or its answer makes no sense.
+            ProductsUnavailable: it is down or slow, or its response is invalid.
         """
+        cached = self._cache.get(item_id)
+        age_seconds = _now() - cached.since if cached else CACHE_SECONDS_MAX
+        if cached and age_seconds < self._cache_seconds:
+            return cached.item
+        call = self._join_call(item_id, token)
+        if cached is None or age_seconds >= CACHE_SECONDS_MAX:
+            return await self._result(call, item_id, token)
+        if call is None or self._need_not_wait(cached.item):
+            return cached.item
         try:
-            return await self._fetch_shared(item_id)
-        except _TokenRefused:
-            raise Forbidden("The products service refuses the token") from None
+            return await self._result(call, item_id, token)
         except ProductsUnavailable:
-            if item := self._last_good.get(item_id):
-                return item
-            raise
+            return cached.item
 
-    async def _fetch_shared(self, item_id: UUID) -> Item:
-        try:
-            return await self._fetch(item_id)
-        except _TokenRefused as refusal:
-            if refusal.token == callers_token.get():
-                raise
-            return await self._fetch_item(item_id)  # the shared call was made with another's
+    def _need_not_wait(self, item: Item) -> bool:
+        """Tell whether an old response will do while a call in the background refreshes it."""
+        return item.active and (self._cache_seconds > 0 or self.last_state != "ok")
 
-    async def _fetch_item(self, item_id: UUID) -> Item:
-        if self._pause.seconds_left():
+    async def close(self) -> None:
+        """End the calls that nobody waits for."""
+        results = [call.result for call in self._calls.values()]
+        for result in results:
+            result.cancel()
+        await asyncio.gather(*results, return_exceptions=True)
+
+    def _join_call(self, item_id: UUID, token: str | None) -> _Call | None:
+        """Return the call about an item, begun now if need be; None if none may be made now."""
+        call = self._calls.get(item_id)
+        if call is None and not self._pause.seconds_left() and self._failures.may_call(item_id):
+            call = _Call(token, asyncio.create_task(self._fetch(item_id, token)))
+            self._calls[item_id] = call
+            call.result.add_done_callback(lambda _: self._calls.pop(item_id))
+        return call
+
+    async def _result(self, call: _Call | None, item_id: UUID, token: str | None) -> Item:
+        if call is None:
             raise self._unavailable()
-        with dependency_call("products", "get_item"):
-            try:
-                async with asyncio.timeout(PRODUCTS_TIMEOUT_SECONDS):
-                    item = await self._ask(item_id)
-            except CALL_ERRORS as error:
-                self.last_state = "unavailable"
-                reason = describe_failure(error, PRODUCTS_TIMEOUT_SECONDS)
-                logger.warning("products service: %s", reason)
-                raise self._unavailable() from error
-            self.last_state = "ok"
-            if item is None:
-                self._last_good.pop(item_id, None)
-                raise ItemNotFound
-        self._last_good[item_id] = item
+        result = await asyncio.shield(call.result)  # a caller who leaves ends no other's call
+        if isinstance(result, Forbidden) and call.token != token:
+            result = await self._fetch(item_id, token)
+        if isinstance(result, PaymentError):
+            raise result
+        return result
+
+    async def _fetch(self, item_id: UUID, token: str | None) -> Item | PaymentError:
+        """Ask for an item; a problem is returned, so that it may also be of interest to nobody."""
+        try:
+            with dependency_call("products", "get_item"):
+                item = await self._ask(item_id, token)
+        except PaymentError as problem:
+            if isinstance(problem, ItemNotFound):
+                self._cache.pop(item_id, None)
+            return problem
+        self._cache.pop(item_id, None)
+        self._cache[item_id] = _Cached(item, _now())
+        if len(self._cache) > self._items_max:
+            del self._cache[next(iter(self._cache))]
+        return item
+
+    async def _ask(self, item_id: UUID, token: str | None) -> Item:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                response = await self._client.get(f"/items/{item_id}", headers=headers)
+            await self._pause.read(response)
+            is_refused = token is not None and response.status_code in REFUSED
+            item = None if is_refused else _read_item(response, item_id)
+        except CALL_ERRORS as error:
+            self.last_state = "unavailable"
+            self._failures.record_failure(item_id)
+            self._log.log(logging.WARNING, describe_failure(error, self._timeout_seconds))
+            raise self._unavailable() from error
+        self.last_state = "ok"
+        self._failures.record_success()
+        if is_refused:
+            self._log.log(logging.WARNING, f"{response.status_code} for a caller's token")
+            raise Forbidden("The products service refuses the token")
+        if item is None:
+            raise ItemNotFound
         return item
 
     def _unavailable(self) -> ProductsUnavailable:
@@ -116,23 +175,17 @@ class Products:
         problem.headers = self._pause.headers(problem.headers)
         return problem
 
-    async def _ask(self, item_id: UUID) -> Item | None:
-        token = callers_token.get()
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        response = await self._client.get(f"/items/{item_id}", headers=headers)
-        await self._pause.read(response)
-        if token and response.status_code in REFUSED:
-            logger.warning("products service: %d for a caller's token", response.status_code)
-            raise _TokenRefused(token)
-        return _read_item(response, item_id)
-
 
 def _read_item(response: httpx.Response, item_id: UUID) -> Item | None:
-    """Read an answer; None is the products service's own 404, not that of something before it."""
+    """Read a response; None is the products service's own 404, not that of a proxy before it."""
     if response.status_code == httpx.codes.NOT_FOUND and isinstance(response.json(), dict):
         return None
     response.raise_for_status()
     item = Item.model_validate_json(response.content)
     if item.id != item_id:
-        raise ValueError("the answer is about another item")
+        raise ValueError("the response is about another item")
     return item
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

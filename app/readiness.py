@@ -1,19 +1,21 @@
-"""Whether debits can be taken: from the ledger's first answer until the signal to stop."""
+"""Whether debits can be taken: from the first response of the ledger and the issuer to SIGTERM."""
 
 import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from app import metrics
-from app.errors import LedgerRejected, PaymentError
-from app.ledger import Ledger
+from app.errors import AuthenticationUnavailable, LedgerRejected, PaymentError
 
 FIRST_DELAY_SECONDS = 0.1
 DELAY_SECONDS_MAX = 5.0
+
+# Raises a PaymentError if a dependency has not responded as it should.
+Check = Callable[[], Awaitable[None]]
 
 logger = logging.getLogger(__name__)
 
@@ -25,19 +27,16 @@ class Readiness:
         self.status = "starting"
         metrics.READY.set_function(lambda: self.status == "ready")
 
-    async def await_ledger(self, ledger: Ledger) -> None:
-        """Turn ready once the ledger has answered; until then the log says why it has not."""
-        delay_seconds = FIRST_DELAY_SECONDS
-        while self.status == "starting":
-            try:
-                await ledger.check()
-            except PaymentError as error:
-                logger.warning("not ready: check_ledger: %s. %s", error.code, _what_to_do(error))
-                await asyncio.sleep(max(delay_seconds, ledger.pause.seconds_left()))
+    async def await_dependencies(self, *checks: Check) -> None:
+        """Turn ready once each check has passed; until then the log says why one has not."""
+        for check in checks:
+            delay_seconds = FIRST_DELAY_SECONDS
+            while not await _passes(check):
+                await asyncio.sleep(delay_seconds)
                 delay_seconds = min(2 * delay_seconds, DELAY_SECONDS_MAX)
-            else:
-                self.status = "ready"
-                logger.info("ready")
+        if self.status == "starting":
+            self.status = "ready"
+            logger.info("ready")
 
     @contextmanager
     def ended_by_sigterm(self) -> Iterator[None]:
@@ -59,7 +58,21 @@ class Readiness:
             signal.signal(signal.SIGTERM, stop_server)
 
 
+async def _passes(check: Check) -> bool:
+    try:
+        await check()
+    except PaymentError as error:
+        logger.warning("not ready: %s. %s", error.code, _what_to_do(error))
+        return False
+    except Exception:
+        logger.exception("not ready: a fault of this service; the check is repeated")
+        return False
+    return True
+
+
 def _what_to_do(error: PaymentError) -> str:
+    if isinstance(error, AuthenticationUnavailable):
+        return "Check AUTH_JWKS_URL, and that the issuer is up."
     if isinstance(error, LedgerRejected):
         return (
             "Check that SUPABASE_KEY is the service_role key of SUPABASE_URL "

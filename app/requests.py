@@ -16,7 +16,6 @@ from app.problems import (
     invalid_header,
     invalid_parameters,
 )
-from app.products import callers_token
 from app.schemas import KEY_PATTERN, DebitRequest
 
 BODY_BYTES_MAX = 16 * 1024
@@ -30,8 +29,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 
 
-async def authenticate(request: Request, authentication: Authentication, deadline: float) -> None:
-    """Check the caller's token, and keep it for the products service, which asks for one.
+async def authenticate(request: Request, authentication: Authentication, deadline: float) -> str:
+    """Check the caller's token, and return it for the products service, which asks for one.
 
     Raises:
         Unauthenticated, Forbidden: the caller may not do this.
@@ -43,10 +42,9 @@ async def authenticate(request: Request, authentication: Authentication, deadlin
     authorization = authorizations[0] if authorizations else None
     try:
         async with asyncio.timeout_at(deadline):
-            token = await authentication.authenticate(authorization)
+            return await authentication.authenticate(authorization)
     except TimeoutError as error:
         raise errors.AuthenticationUnavailable from error
-    callers_token.set(token)
 
 
 async def read_debit(request: Request) -> DebitRequest:

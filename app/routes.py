@@ -118,9 +118,10 @@ async def _take_debit(request: Request) -> Debited:
     key = read_key(request)
     services: Services = request.state.services
     deadline = services.debits.deadline()
+    token = None
     if services.authentication:
-        await authenticate(request, services.authentication, deadline)
-    return await services.debits.debit_user_for_item(debit, key, deadline)
+        token = await authenticate(request, services.authentication, deadline)
+    return await services.debits.debit_user_for_item(debit, key, deadline, token)
 
 
 async def get_outcome(
@@ -152,18 +153,18 @@ async def get_health() -> Health:
 
 
 async def get_ready(request: Request) -> Response:
-    """Readiness: the ledger has answered since the start, and no signal to stop has come."""
+    """Readiness: ledger and issuer have responded since the start, and no SIGTERM has come."""
     services: Services = request.state.services
     status = services.readiness.status
     if status != "ready":
         request.state.code = status
-    body = ReadinessBody(
-        status=status,
-        dependencies={
-            "ledger": services.ledger.last_state,
-            "products": services.products.last_state,
-        },
-    )
+    dependencies = {
+        "ledger": services.ledger.last_state,
+        "products": services.products.last_state,
+    }
+    if services.authentication:
+        dependencies["issuer"] = services.authentication.keys.last_state
+    body = ReadinessBody(status=status, dependencies=dependencies)
     return _json(body, status_code=200 if status == "ready" else 503)
 
 

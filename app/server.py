@@ -1,10 +1,14 @@
 """The HTTP server: where it listens, what it allows a connection, and how it stops."""
 
+import asyncio
 import errno
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -12,11 +16,64 @@ import uvicorn
 from app.http_protocol import CONNECTIONS_MAX, LimitedHttpProtocol
 
 GRACEFUL_SHUTDOWN_SECONDS_MAX = 20
+# After SIGTERM new requests are still served for so long, and every response closes its connection,
+# so that no client sends a request on a connection that is being closed.
+DRAIN_SECONDS = 1.0
+LAST_REQUESTS_SECONDS = 0.2  # for connections that were accepted last
 # Longer than proxies keep an idle connection (60 s as a rule): a proxy that sends on one just as
 # the service closes it responds with 502 by itself.
 KEEP_ALIVE_SECONDS = 75
 OPEN_FILES = 2 * CONNECTIONS_MAX
 NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
+
+
+class DrainingServer(uvicorn.Server):
+    """Goes on for a moment after SIGTERM, then stops as uvicorn does; a second SIGTERM stops it."""
+
+    _loop: asyncio.AbstractEventLoop
+    _listeners: list[socket.socket]
+    _draining: asyncio.Task[None] | None = None
+    _is_told_to_stop = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listeners = sockets or []
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if sig == signal.SIGTERM and not self._is_told_to_stop:
+            self._is_told_to_stop = True
+            self._loop.call_soon_threadsafe(self._start_draining)
+        else:
+            super().handle_exit(sig, frame)
+
+    def _start_draining(self) -> None:
+        self._draining = self._loop.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        await asyncio.sleep(DRAIN_SECONDS)
+        # The kernel resets connections that nobody has accepted when their listener is closed.
+        waiting = [connection for listener in self._listeners for connection in _accept(listener)]
+        for server in self.servers:
+            server.close()
+        _close(self._listeners)
+        for connection in waiting:
+            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+        await asyncio.sleep(LAST_REQUESTS_SECONDS)
+        super().handle_exit(signal.SIGTERM, None)
+
+    def _make_protocol(self) -> LimitedHttpProtocol:
+        return LimitedHttpProtocol(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
+def _accept(listener: socket.socket) -> list[socket.socket]:
+    connections: list[socket.socket] = []
+    with suppress(BlockingIOError):
+        while True:
+            connections.append(listener.accept()[0])
+    return connections
 
 
 def make_config(application: Any, *, root_path: str = "") -> uvicorn.Config:
@@ -92,7 +149,7 @@ def serve(application: Any, host: str | None, port: int, root_path: str = "") ->
             f"The service cannot listen on {where} ({error.strerror}). "
             "End the program that uses the port, or choose another: --host, --port."
         )
-    uvicorn.Server(make_config(application, root_path=root_path)).run(sockets)
+    DrainingServer(make_config(application, root_path=root_path)).run(sockets)
 
 
 def _allow_open_files() -> None:

@@ -35,6 +35,11 @@ FAULTS: dict[str, tuple[bool, bytes | str]] = {
     ),
     "pool exhausted": (False, http_answer("504 Gateway Timeout", b'{"code": "PGRST003"}')),
     "statement timeout": (False, http_answer("500 Internal Server Error", b'{"code": "57014"}')),
+    "aborted transaction kept": (
+        False,
+        http_answer("500 Internal Server Error", b'{"code": "25P02"}'),
+    ),
+    "node lost at commit": (True, http_answer("500 Internal Server Error", b'{"code": "XX000"}')),
 }
 
 

@@ -74,6 +74,7 @@ class Issuer(SocketServer):
         self.keys = list(keys) or [published("first", "RS256")]
         self.calls = 0
         self.is_up = True
+        self.is_silent = False
 
     def answer(self) -> bytes:
         """What is published now; nothing while it is down."""
@@ -83,6 +84,9 @@ class Issuer(SocketServer):
     def _publish(self, connection: socket.socket, request: bytes) -> None:
         del request
         self.calls += 1
+        if self.is_silent:
+            connection.settimeout(30)
+            connection.recv(1)  # until the other side gives up
         connection.sendall(self.answer())
 
 

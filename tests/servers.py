@@ -85,6 +85,19 @@ def await_ready(url: str) -> None:
     raise RuntimeError("the service did not become ready")
 
 
+def await_true(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        TimeoutError: it does not.
+    """
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.005)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

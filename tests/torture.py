@@ -10,11 +10,12 @@ import os
 import random
 import secrets
 import signal
+import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ import httpx
 import psycopg
 from database import Database
 from faulty_gateway import FAULTS, FaultyGateway
-from servers import await_ready, free_port, served, service_process
+from issuer import AUDIENCE, ISSUER, ROLE, Issuer, make_token
+from servers import SocketServer, await_ready, free_port, http_answer, served, service_process
 
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
@@ -36,10 +38,16 @@ CLIENTS = 12
 HOT_USERS, COLD_USERS, ITEMS = 3, 200, 12
 FAULT_SHARE = 0.06
 ATTEMPTS_MAX = 4
+HELD_USERS = 20  # as many as PostgREST has connections
 OUTAGE_SECONDS = 5.0
 REQUEST_TIMEOUT_SECONDS = 3  # shorter than usual, so that some outcomes stay unknown
 REMEMBERED = {"charged", "user_inactive", "price_changed", "insufficient_funds"}
-TRANSIENT = {"products_unavailable", "ledger_unavailable", "overloaded"}
+TRANSIENT = {
+    "products_unavailable",
+    "ledger_unavailable",
+    "overloaded",
+    "authentication_unavailable",
+}
 # A silent gateway costs a call's whole timeout, so it is rarer than the other faults.
 FAULT_WEIGHTS = [0.1 if "silent" in fault else 1.0 for fault in FAULTS]
 
@@ -54,6 +62,7 @@ class Purchase:
     expected_price: int | None
     answers: list[httpx.Response] = field(default_factory=list)
     lost: int = 0
+    broken: bool = False  # at the last attempt, after the connection was made
 
     @property
     def body(self) -> dict[str, object]:
@@ -64,12 +73,14 @@ class Purchase:
 
     def attempt(self, client: httpx.Client) -> str:
         """Post it once; returns the code of the answer, "charged" or "lost"."""
+        self.broken = False
         try:
             answer = client.post(
                 "/payments/debit", json=self.body, headers={"Idempotency-Key": self.key}
             )
-        except httpx.TransportError:
+        except httpx.TransportError as error:
             self.lost += 1
+            self.broken = not isinstance(error, httpx.ConnectError)
             return "lost"
         self.answers.append(answer)
         return code_of(answer)
@@ -98,8 +109,11 @@ class Torture:
         seconds: float,
         say: Callable[[str], None],
         chaos_pause_seconds: float = 4.0,
+        deeds: Collection[str] = (),
     ) -> None:
+        """Take the names of the deeds of chaos; none: all."""
         self.seed = seed
+        self._deeds = deeds
         self.say = say
         self.chaos_pause_seconds = chaos_pause_seconds
         self.ends = time.monotonic() + seconds
@@ -111,6 +125,7 @@ class Torture:
         self._lock = threading.Lock()
         self._faults_on = True
         self._losing = False
+        self._stopping = False
 
     def run(self) -> None:
         with ExitStack() as stack:
@@ -123,9 +138,10 @@ class Torture:
             gateway = create_gateway(database_url(self.port, role="authenticator"), JWT_SECRET)
             gateway_url = stack.enter_context(served(gateway))
             faulty = stack.enter_context(FaultyGateway(gateway_url, self._choose_fault))
-            products = create_products(database_url(self.port))
-            products_url = stack.enter_context(served(products))
-            self.service = Service(faulty.url, products_url)
+            products_url = stack.enter_context(served(create_products(database_url(self.port))))
+            self.products = stack.enter_context(SilentProxy(products_url))
+            self.issuer = stack.enter_context(Issuer())
+            self.service = Service(faulty.url, self.products.url, f"{self.issuer.url}/certs")
             stack.enter_context(self.service.running())
             self._load()
             self._settle()
@@ -150,7 +166,7 @@ class Torture:
         dice = random.Random(f"{self.seed} client {number}")
         earlier: list[Purchase] = []
         while time.monotonic() < self.ends:
-            with httpx.Client(base_url=self.service.url, timeout=30) as client:
+            with self._client() as client:
                 for _ in range(20):
                     if time.monotonic() >= self.ends:
                         return
@@ -174,6 +190,8 @@ class Torture:
         for _ in range(ATTEMPTS_MAX):
             code = purchase.attempt(client)
             self._count(code)
+            if purchase.broken and self._stopping:
+                self._violation(f"{purchase.key}: SIGTERM broke its connection")
             if code not in TRANSIENT | {"lost", "outcome_unknown"}:
                 earlier.append(purchase)
                 return
@@ -224,9 +242,15 @@ class Torture:
             "Postgres killed": self._kill_postgres,
             "connections of the gateway cut": self._cut_connections,
             "hot row locked": self._lock_hot_row,
+            "rows of 20 users locked": self._lock_rows,
+            "an item locked": self._lock_item,
+            "products service silent": lambda: self._silence(self.products),
+            "issuer silent": lambda: self._silence(self.issuer),
+            "service stopped and started": self._stop_service,
             "every answer lost": self._lose_every_answer,
             "service killed": self.service.kill_and_start,
         }
+        deeds = {name: deeds[name] for name in self._deeds or deeds}
         waiting = list(deeds)
         dice.shuffle(waiting)
         while time.monotonic() + self.chaos_pause_seconds < self.ends:
@@ -262,6 +286,29 @@ class Torture:
             )
             time.sleep(2.5)  # longer than the function waits
 
+    def _lock_rows(self) -> None:
+        users = self.cold[:HELD_USERS]
+        with psycopg.connect(database_url(self.port)) as somebody:
+            somebody.execute(
+                'select from public."Users" where card_id = any(%s) for update', (users,)
+            )
+            time.sleep(2.5)
+
+    def _lock_item(self) -> None:
+        with psycopg.connect(database_url(self.port)) as somebody:
+            somebody.execute('select from public."Items" where id = %s for update', self.items[:1])
+            time.sleep(1.5)
+
+    def _silence(self, server: "SilentProxy | Issuer") -> None:
+        server.is_silent = True
+        time.sleep(OUTAGE_SECONDS)
+        server.is_silent = False
+
+    def _stop_service(self) -> None:
+        self._stopping = True
+        self.service.stop_and_start()
+        self._stopping = False
+
     def _lose_every_answer(self) -> None:
         self._losing = True
         time.sleep(OUTAGE_SECONDS)
@@ -282,7 +329,7 @@ class Torture:
         self._faults_on = False
         await_ready(self.service.url)
         unsettled = [purchase for purchase in self.purchases if purchase.is_unsettled]
-        with httpx.Client(base_url=self.service.url, timeout=30) as client:
+        with self._client() as client:
             for purchase in unsettled:
                 query = {"user_id": str(purchase.user_id), "idempotency_key": purchase.key}
                 asked = client.get("/payments/outcome", params=query)
@@ -319,6 +366,12 @@ class Torture:
             codes = [code_of(answer) for answer in purchase.answers]
             self._violation(f"{purchase.key} was told {codes}, the ledger has {entry}")
 
+    def _client(self) -> httpx.Client:
+        token = make_token(exp=int(time.time()) + 3600)
+        return httpx.Client(
+            base_url=self.service.url, timeout=30, headers={"Authorization": f"Bearer {token}"}
+        )
+
     @contextmanager
     def _database(self) -> Iterator[Database]:
         with psycopg.connect(database_url(self.port), autocommit=True) as connection:
@@ -351,11 +404,31 @@ def without_request_id(answer: httpx.Response) -> tuple[int, dict[str, object]]:
     return answer.status_code, body
 
 
+class SilentProxy(SocketServer):
+    """Passes requests for items on, unless it is silent."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(self._relay)
+        self._url = url
+        self.is_silent = False
+
+    def _relay(self, connection: socket.socket, request: bytes) -> None:
+        if not request:
+            return
+        if self.is_silent:
+            connection.settimeout(30)
+            connection.recv(1)  # until the other side gives up
+            return
+        response = httpx.get(self._url + request.split(b" ")[1].decode(), timeout=10)
+        connection.sendall(http_answer(f"{response.status_code} X", response.content))
+
+
 class Service:
     """The payment service as a process that is killed and started again at the same address."""
 
-    def __init__(self, gateway_url: str, products_url: str) -> None:
+    def __init__(self, gateway_url: str, products_url: str, keys_url: str) -> None:
         self._urls = (gateway_url, products_url)
+        self._keys_url = keys_url
         self._port = free_port()
         self.url = f"http://127.0.0.1:{self._port}"
 
@@ -368,17 +441,27 @@ class Service:
         finally:
             self._stack.close()
 
+    def stop_and_start(self) -> None:
+        self._process.terminate()
+        self._process.wait(30)
+        self._stack.close()
+        self._start()
+
     def kill_and_start(self) -> None:
         self._stack.close()  # with SIGKILL
         self._start()
 
     def _start(self) -> None:
-        self._stack.enter_context(
+        self._process, _ = self._stack.enter_context(
             service_process(
                 *self._urls,
                 port=self._port,
                 LOG_LEVEL="ERROR",
                 REQUEST_TIMEOUT_SECONDS=str(REQUEST_TIMEOUT_SECONDS),
+                AUTH_JWKS_URL=self._keys_url,
+                AUTH_ISSUER=ISSUER,
+                AUTH_AUDIENCE=AUDIENCE,
+                AUTH_REQUIRED_ROLE=ROLE,
             )
         )
 

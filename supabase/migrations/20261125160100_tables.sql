@@ -134,6 +134,7 @@ create table if not exists ledger.declines (
   item_id uuid,
   expected_price bigint,
   price bigint,
+  attempt uuid,
   created_at timestamptz not null default now(),
   constraint declines_pkey primary key (user_id, idempotency_key),
   constraint declines_user_id_fkey foreign key (user_id) references public."Users" (card_id)
@@ -144,6 +145,7 @@ alter table ledger.declines drop constraint if exists declines_idempotency_key_l
 alter table ledger.declines add constraint declines_idempotency_key_length
 check (char_length(idempotency_key) between 1 and 255) not valid;
 
+alter table ledger.declines add column if not exists attempt uuid;
 alter table ledger.declines drop constraint if exists declines_outcome_known;
 alter table ledger.declines add constraint declines_outcome_known check (
   outcome in (

@@ -12,9 +12,12 @@
 --   insufficient_funds      the balance is lower than the price
 --   debited                 the entry and the new balance are written
 -- and of debit_use_batch alone:
---   busy                    another transaction holds the user's row; nothing was done
+--   busy                    another transaction holds the row of the user or the item; nothing was
+--                           done
 --
 -- Declines are returned, not raised: an exception would roll back the stored decline.
+-- attempt_input is an id that the service makes for each request. It becomes the id of the entry,
+-- so the service can tell a replay of its own lost response from that of an earlier request.
 -- Exceptions are for failures: a balance that differs from the user's last entry (after a restore,
 -- or a write past the triggers) raises check_violation, and the debit overwrites nothing.
 
@@ -42,7 +45,7 @@ begin
         prorettype <> 'jsonb'::regtype or proretset
         or pg_get_function_identity_arguments(oid) not in (
           'user_id_input bigint, item_input uuid, idempotency_key_input text, '
-          'expected_price_input bigint',
+          'expected_price_input bigint, attempt_input uuid',
           'debits jsonb',
           'user_id_input bigint, idempotency_key_input text'
         )
@@ -50,6 +53,7 @@ begin
   loop
     execute format('drop routine %s', older.name);
   end loop;
+  drop function if exists ledger.debit(bigint, uuid, text, bigint);
 end
 $$;
 
@@ -60,7 +64,8 @@ create or replace function ledger.append(
   amount_delta_input bigint,
   item_input uuid default null,
   idempotency_key_input text default null,
-  expected_price_input bigint default null
+  expected_price_input bigint default null,
+  id_input uuid default null
 ) returns jsonb
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -86,9 +91,10 @@ begin
   end if;
 
   insert into public."Transaction_History" (
-    user_id, seq, kind, item, amount_delta, balance_after, created_at, idempotency_key,
+    id, user_id, seq, kind, item, amount_delta, balance_after, created_at, idempotency_key,
     expected_price
   ) values (
+    coalesce(id_input, gen_random_uuid()),
     user_id_input,
     coalesce(last_entry.seq, 0) + 1,
     kind_input,
@@ -131,7 +137,9 @@ as $$
   from public."Transaction_History" as entry
   where entry.user_id = user_id_input and entry.idempotency_key = idempotency_key_input
   union all
-  select jsonb_strip_nulls(jsonb_build_object('price', decline.price)) || jsonb_build_object(
+  select jsonb_strip_nulls(
+    jsonb_build_object('price', decline.price, 'attempt', decline.attempt)
+  ) || jsonb_build_object(
     'outcome', decline.outcome,
     'item_id', decline.item_id,
     'expected_price', decline.expected_price,
@@ -145,7 +153,8 @@ create or replace function ledger.debit(
   user_id_input bigint,
   item_input uuid,
   idempotency_key_input text,
-  expected_price_input bigint
+  expected_price_input bigint,
+  attempt_input uuid
 ) returns jsonb
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -189,17 +198,18 @@ begin
     end if;
     if idempotency_key_input is not null then
       insert into ledger.declines (
-        user_id, idempotency_key, outcome, item_id, expected_price, price
+        user_id, idempotency_key, outcome, item_id, expected_price, price, attempt
       ) values (
         user_id_input, idempotency_key_input, refusal, item_input, expected_price_input,
-        (answer ->> 'price')::bigint
+        (answer ->> 'price')::bigint, attempt_input
       );
     end if;
     return answer || jsonb_build_object('outcome', refusal);
   end if;
 
   return answer || jsonb_build_object('outcome', 'debited') || ledger.append(
-    user_id_input, 'debit', -wanted.price, item_input, idempotency_key_input, expected_price_input
+    user_id_input, 'debit', -wanted.price, item_input, idempotency_key_input, expected_price_input,
+    attempt_input
   );
 end
 $$;
@@ -208,24 +218,28 @@ create or replace function public.debit_use(
   user_id_input bigint,
   item_input uuid,
   idempotency_key_input text default null,
-  expected_price_input bigint default null
+  expected_price_input bigint default null,
+  attempt_input uuid default null
 ) returns jsonb
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '2s'
 set statement_timeout = '4s'
 as $$
-  select ledger.debit(user_id_input, item_input, idempotency_key_input, expected_price_input)
+  select ledger.debit(
+    user_id_input, item_input, idempotency_key_input, expected_price_input, attempt_input
+  )
 $$;
 
 create or replace function public.debit_use_batch(debits jsonb) returns jsonb
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
-set lock_timeout = '2s'
+set lock_timeout = '100ms'
 set statement_timeout = '4s'
 as $$
 declare
   locked bigint[];
+  locked_items uuid[];
   debit record;
   outcomes jsonb[] := '{}';
 begin
@@ -239,19 +253,32 @@ begin
     order by card_id
     for no key update skip locked
   ) as users;
+  -- The same lock that the foreign key of an entry takes, and would wait for.
+  select array_agg(items.id) into locked_items from (
+    select id from public."Items"
+    where id in (select (request ->> 'item_id')::uuid from jsonb_array_elements(debits) as request)
+    order by id
+    for key share skip locked
+  ) as items;
 
   for debit in
     select request.* from rows from (
       jsonb_to_recordset(debits) as (
-        user_id bigint, item_id uuid, idempotency_key text, expected_price bigint
+        user_id bigint, item_id uuid, idempotency_key text, expected_price bigint, attempt uuid
       )
-    ) with ordinality as request (user_id, item_id, idempotency_key, expected_price, place)
+    ) with ordinality
+      as request (user_id, item_id, idempotency_key, expected_price, attempt, place)
     order by request.place
   loop
-    if debit.user_id = any(locked)
-      or not exists (select from public."Users" where card_id = debit.user_id) then
+    if (
+      debit.user_id = any(locked)
+      or not exists (select from public."Users" where card_id = debit.user_id)
+    ) and (
+      debit.item_id = any(locked_items)
+      or not exists (select from public."Items" where id = debit.item_id)
+    ) then
       outcomes := outcomes || ledger.debit(
-        debit.user_id, debit.item_id, debit.idempotency_key, debit.expected_price
+        debit.user_id, debit.item_id, debit.idempotency_key, debit.expected_price, debit.attempt
       );
     else
       outcomes := outcomes || jsonb_build_object(
@@ -313,7 +340,8 @@ begin
       ('ledger.declines', 'outcome', 'text'),
       ('ledger.declines', 'item_id', 'uuid'),
       ('ledger.declines', 'expected_price', 'bigint'),
-      ('ledger.declines', 'price', 'bigint')
+      ('ledger.declines', 'price', 'bigint'),
+      ('ledger.declines', 'attempt', 'uuid')
     ) as wanted (table_name, column_name, type)
     left join pg_attribute as attribute
       on attribute.attrelid = to_regclass(wanted.table_name)
@@ -648,11 +676,11 @@ comment on function public.audit_ledger is
 'past the rules; no rows if all is well.';
 
 revoke all on function
-ledger.append(bigint, text, bigint, uuid, text, bigint),
+ledger.append(bigint, text, bigint, uuid, text, bigint, uuid),
 ledger.find_outcome(bigint, text),
-ledger.debit(bigint, uuid, text, bigint),
+ledger.debit(bigint, uuid, text, bigint, uuid),
 ledger.find_foreign_access(),
-public.debit_use(bigint, uuid, text, bigint),
+public.debit_use(bigint, uuid, text, bigint, uuid),
 public.debit_use_batch(jsonb),
 public.find_payment(bigint, text),
 public.check_ledger(),
@@ -660,7 +688,7 @@ public.audit_ledger()
 from public, anon, authenticated, service_role;
 
 grant execute on function
-public.debit_use(bigint, uuid, text, bigint),
+public.debit_use(bigint, uuid, text, bigint, uuid),
 public.debit_use_batch(jsonb),
 public.find_payment(bigint, text),
 public.check_ledger(),

@@ -1,12 +1,15 @@
 """Processes are stopped, killed and overrun: the books stay right and answers true."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from uuid import UUID
 
@@ -61,12 +64,68 @@ def test_sigterm_lets_debits_under_way_finish_and_be_answered(
             for _ in range(signals):
                 process.send_signal(signal.SIGTERM)
                 time.sleep(0.1)
+            if signals == 1:
+                assert httpx.get(f"{url}/ready").status_code == 503
+                time.sleep(1.2)
             with pytest.raises(httpx.ConnectError):
                 httpx.get(f"{url}/health")
         assert [answer.result().status_code for answer in answers] == [200, 200]
         assert process.wait(20) in (0, 143, -signal.SIGTERM)
     assert [database.debits(user_id) for user_id in users] == [[350], [350]]
     assert database.audit() == []
+
+
+class BusyClient(threading.Thread):
+    """Pays without pause on one connection, until the service no longer accepts one."""
+
+    def __init__(self, url: str, user_id: int, item_id: UUID) -> None:
+        super().__init__()
+        self._host = url.removeprefix("http://")
+        self._body = json.dumps({"user_id": user_id, "item_id": str(item_id)})
+        self.paid = 0
+        self.broken: list[Exception] = []
+
+    def run(self) -> None:
+        connection = HTTPConnection(self._host, timeout=10)
+        while True:
+            try:
+                connection.connect()
+            except ConnectionRefusedError:
+                return
+            while connection.sock is not None:
+                try:
+                    connection.request("POST", "/payments/debit", self._body, JSON)
+                    response = connection.getresponse()
+                    assert response.status == 200, response.read()
+                    response.read()
+                    self.paid += 1
+                except (OSError, HTTPException) as error:
+                    self.broken.append(error)
+                    connection.close()
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_sigterm_breaks_no_connection_of_clients_that_pay_without_pause(
+    gateway_url: str, products_url: str, database: Database
+) -> None:
+    item_id = database.add_item(1)
+    for _ in range(8):
+        users = [database.add_user(100_000) for _ in range(30)]
+        with service_process(gateway_url, products_url, LOG_LEVEL="ERROR") as (process, url):
+            clients = [BusyClient(url, user_id, item_id) for user_id in users]
+            for client in clients:
+                client.start()
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            for client in clients:
+                client.join()
+            assert process.wait(20) in (0, 143, -signal.SIGTERM)
+        assert [client.broken for client in clients] == [[]] * 30
+        assert [client.paid for client in clients] == [
+            len(database.debits(user_id)) for user_id in users
+        ]
 
 
 def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(

@@ -15,6 +15,8 @@ import pytest
 from database import Database, locked, refusing
 from faulty_gateway import FAULTS, FaultyGateway
 
+from devstack.postgres import database_url
+
 Start = Callable[..., httpx.Client]
 
 DEBITS = 60
@@ -154,14 +156,15 @@ def test_a_debit_that_the_database_refuses_fails_alone(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_batch_that_fails_is_settled_debit_by_debit(
+def test_a_batch_that_fails_is_repeated_as_a_batch(
     start_service: Start, gateway: WatchedGateway, database: Database, fault: str
 ) -> None:
     users, item_id = [database.add_user() for _ in range(20)], database.add_item()
     service = start(start_service, gateway)
-    gateway.faults = chain([None, None], [fault] * 2, repeat(None))  # two lone calls come first
+    gateway.faults = chain([None, None], [fault] * 2, repeat(None))  # two single calls come first
     answers = post_together(service, users, item_id)
     assert [answer.status_code for answer in answers] == [200] * 20
+    assert [call[0] for call in gateway.calls].count("debit_use") <= 4
     assert not any("idempotent-replayed" in answer.headers for answer in answers)
     assert [database.debits(user_id) for user_id in users] == [[350]] * 20
 
@@ -246,6 +249,104 @@ def test_a_user_whose_row_is_held_is_busy_and_nothing_is_done(
     assert [outcome["outcome"] for outcome in outcomes] == ["busy", "debited"]
     assert database.debits(held) == []
     assert batch(database.connection, wish(held, item_id, "a"))[0]["outcome"] == "debited"
+
+
+def test_an_item_that_is_held_makes_its_buyers_busy_and_nobody_else(
+    database: Database, migrated_port: int
+) -> None:
+    users = [database.add_user(), database.add_user()]
+    held, free = database.add_item(), database.add_item()
+    with psycopg.connect(database_url(migrated_port)) as somebody:
+        somebody.execute('select from public."Items" where id = %s for update', (held,))
+        outcomes = batch(database.connection, wish(users[0], held, "a"), wish(users[1], free, "a"))
+    assert [outcome["outcome"] for outcome in outcomes] == ["busy", "debited"]
+    assert batch(database.connection, wish(users[0], held, "a"))[0]["outcome"] == "debited"
+
+
+@pytest.mark.parametrize("held", [20, 40])
+def test_held_rows_delay_nobody_else_however_many_they_are(
+    start_service: Start, database: Database, migrated_port: int, held: int
+) -> None:
+    """The gateway's pool is smaller than the number of held rows."""
+    item_id = database.add_item()
+    stuck = [database.add_user() for _ in range(held)]
+    users = [database.add_user() for _ in range(48)]
+    service = start_service()
+    assert post(service, users[0], item_id, "warms-up").status_code == 200
+    with ThreadPoolExecutor(held) as clients:
+        with locked(migrated_port, *stuck):
+            waiting = [clients.submit(post, service, user, item_id, "stuck") for user in stuck]
+            time.sleep(0.5)  # until their calls are under way
+            with ThreadPoolExecutor(16) as others:
+                seconds = list(others.map(lambda user: timed(service, user, item_id), users))
+        assert {answer.result().status_code for answer in waiting} == {200}
+    assert sorted(seconds)[len(seconds) * 9 // 10] < 0.3
+    assert max(seconds) < 0.6  # on a busy machine
+    assert [database.debits(user) for user in stuck] == [[350]] * held
+
+
+def timed(service: httpx.Client, user_id: int, item_id: UUID) -> float:
+    started = time.monotonic()
+    assert post(service, user_id, item_id, str(uuid4())).status_code == 200
+    return time.monotonic() - started
+
+
+def test_a_held_item_delays_only_its_own_buyers(
+    start_service: Start, database: Database, migrated_port: int
+) -> None:
+    held, free = database.add_item(), database.add_item()
+    buyers, users = ([database.add_user() for _ in range(24)] for _ in range(2))
+    service = start_service()
+    with ThreadPoolExecutor(24) as clients:
+        with psycopg.connect(database_url(migrated_port)) as somebody:
+            somebody.execute('select from public."Items" where id = %s for update', (held,))
+            waiting = [clients.submit(post, service, user, held, "stuck") for user in buyers]
+            time.sleep(0.3)
+            with ThreadPoolExecutor(12) as others:
+                seconds = list(others.map(lambda user: timed(service, user, free), users))
+        assert {answer.result().status_code for answer in waiting} == {200}
+    assert max(seconds) < 0.5
+
+
+@pytest.mark.parametrize("fault", ["aborted transaction kept", "node lost at commit"])
+def test_a_connection_that_postgrest_should_not_have_kept_refuses_nobody_for_good(
+    start_service: Start, gateway: WatchedGateway, database: Database, fault: str
+) -> None:
+    user_id, item_id = database.add_user(), database.add_item()
+    service = start(start_service, gateway)
+    gateway.faults = chain([fault] * 3, repeat(None))
+    assert post(service, user_id, item_id, "key").status_code == 200
+    assert database.debits(user_id) == [350]
+
+
+def test_a_retry_after_an_earlier_success_is_a_replay_although_its_own_response_was_lost(
+    start_service: Start, gateway: WatchedGateway, database: Database
+) -> None:
+    user_id, item_id, poor = database.add_user(), database.add_item(), database.add_user(0)
+    service = start(start_service, gateway)
+    for user in (user_id, poor):
+        first = post(service, user, item_id, "key")
+        gateway.faults = chain(["closed instead of the answer"], repeat(None))
+        again = post(service, user, item_id, "key")
+        assert again.status_code == first.status_code
+        assert again.headers["idempotent-replayed"] == "true"
+        assert "idempotent-replayed" not in first.headers
+    assert database.debits(user_id) == [350]
+
+
+def test_lookups_do_not_delay_debits(
+    start_service: Start, database: Database, migrated_port: int
+) -> None:
+    users, item_id = [database.add_user() for _ in range(10)], database.add_item()
+    service = start_service()
+    with ThreadPoolExecutor(64) as clients:
+        query: dict[str, str] = {"user_id": str(users[0]), "idempotency_key": "never"}
+        lookups = [
+            clients.submit(service.get, "/payments/outcome", params=query) for _ in range(600)
+        ]
+        seconds = [timed(service, user, item_id) for user in users]
+        assert {lookup.result().status_code for lookup in lookups} == {404}
+    assert max(seconds) < 0.5
 
 
 def test_an_empty_batch_has_no_outcomes(database: Database) -> None:

@@ -5,15 +5,20 @@ import json
 import socket
 import threading
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
 import pytest
 from issuer import LET_IN, Issuer, Start, ask, code, make_token, published, start
-from servers import RawServer, http_answer
+from servers import RawServer, await_true, free_port, http_answer
 
-from app.issuer_keys import KEYS_TIMEOUT_SECONDS, IssuerKeys
+from app.auth import Authentication
+from app.errors import AuthenticationUnavailable
+from app.http_client import http_client
+from app.issuer_keys import KEYS_BYTES_MAX, KEYS_TIMEOUT_SECONDS, IssuerKeys
 
 
 class HeldIssuer(Issuer):
@@ -85,8 +90,8 @@ def test_a_new_key_is_found_although_the_keys_were_just_being_fetched(
     start_service: Start,
 ) -> None:
     with HeldIssuer() as issuer, ThreadPoolExecutor(2) as callers:
-        service = start(start_service, issuer)
         issuer.may_answer.clear()
+        service = start(start_service, issuer)
         first = callers.submit(ask, service, make_token())
         issuer.is_asked.wait()  # its answer stands, and is on its way
         issuer.keys.append(published("second", "RS256"))
@@ -105,23 +110,96 @@ def test_known_keys_go_on_while_the_issuer_is_down(service: httpx.Client, issuer
     assert code(ask(service, make_token())) == LET_IN
     issuer.is_up = True
     issuer.keys.append(published("second", "RS256"))
-    assert code(ask(service, make_token("second"))) == LET_IN
+    await_true(lambda: code(ask(service, make_token("second"))) == LET_IN)
 
 
-def test_a_withdrawn_key_ends_when_the_keys_are_old_unless_the_issuer_is_down(
-    issuer: Issuer,
-) -> None:
-    async def find_first() -> list[bool]:
-        async with httpx.AsyncClient() as client:
-            keys = IssuerKeys(client, issuer.url, age_seconds_max=0)
-            found = [await keys.get("first") is not None]
+@asynccontextmanager
+async def opened(url: str, **limits: Any) -> AsyncIterator[IssuerKeys]:
+    """Make a client of the issuer."""
+    client = http_client("AUTH_JWKS_URL", url, timeout_seconds=2, response_bytes_max=KEYS_BYTES_MAX)
+    async with client:
+        keys = IssuerKeys(client, url, **limits)
+        yield keys
+        await keys.close()
+
+
+@asynccontextmanager
+async def kept_fresh(keys: IssuerKeys) -> AsyncIterator[None]:
+    refreshing = asyncio.create_task(keys.keep_fresh())
+    yield
+    refreshing.cancel()
+    await asyncio.gather(refreshing, return_exceptions=True)
+
+
+def test_a_withdrawn_key_ends_with_the_next_refresh_although_nobody_calls(issuer: Issuer) -> None:
+    async def use_keys() -> None:
+        async with opened(issuer.url, age_seconds_max=0, failure_seconds=0.2) as keys:
+            await keys.check()
             issuer.is_up, issuer.keys = False, [published("second", "RS256")]
-            found.append(await keys.get("first") is not None)
-            issuer.is_up = True
-            found.append(await keys.get("first") is not None)
-        return found
+            async with kept_fresh(keys):
+                calls = issuer.calls
+                await asyncio.to_thread(await_true, lambda: keys.last_state == "unavailable")
+                assert issuer.calls > calls
+                assert await keys.get("first") is not None  # while the issuer is down
+                issuer.is_up = True
+                await asyncio.to_thread(await_true, lambda: keys.last_state == "ok")
+            assert await keys.get("first") is None
+            assert await keys.get("second") is not None
 
-    assert asyncio.run(find_first()) == [True, True, False]
+    asyncio.run(use_keys())
+
+
+def test_nobody_waits_for_a_known_key_while_the_issuer_is_silent() -> None:
+    with HeldIssuer() as issuer:
+
+        async def use_keys() -> None:
+            async with opened(issuer.url, age_seconds_max=0) as keys:
+                authentication = Authentication(
+                    keys, issuer=None, audience=None, required_role=None
+                )
+                await authentication.authenticate(f"Bearer {make_token()}")
+                issuer.is_asked.clear()
+                issuer.may_answer.clear()
+                async with kept_fresh(keys):
+                    await asyncio.to_thread(issuer.is_asked.wait, 5)
+                    started = time.monotonic()
+                    for number in range(200):
+                        token = make_token(sub=str(number))
+                        await authentication.authenticate(f"Bearer {token}")
+                    assert time.monotonic() - started < 1.5  # most of it for signing
+                    assert not issuer.may_answer.is_set()
+                issuer.may_answer.set()
+
+        asyncio.run(use_keys())
+
+
+def test_a_key_that_did_not_change_is_the_same_object_after_a_refresh(issuer: Issuer) -> None:
+    issuer.keys = [published("first", "RS256"), published("second", "ES256")]
+
+    async def use_keys() -> None:
+        async with opened(issuer.url) as keys:
+            first, second = await keys.get("first"), await keys.get("second")
+            issuer.keys[1] = published("other", "ES256") | {"kid": "second"}
+            assert await keys.get("made-up") is None
+            assert issuer.calls == 2
+            assert await keys.get("first") is first
+            assert await keys.get("second") not in (None, second)
+
+    asyncio.run(use_keys())
+
+
+def test_callers_are_told_at_once_for_a_second_that_the_issuer_failed() -> None:
+    async def use_keys(url: str) -> None:
+        async with opened(url, timeout_seconds=0.2) as keys:
+            for wait_seconds in (0.2, 0, 0):
+                started = time.monotonic()
+                with pytest.raises(AuthenticationUnavailable):
+                    await keys.get("first")
+                assert wait_seconds <= time.monotonic() - started < wait_seconds + 0.15
+
+    with RawServer(None, holds=True) as silent:
+        asyncio.run(use_keys(silent.url))
+    assert len(silent.requests) == 1
 
 
 def test_waiting_for_the_issuer_is_part_of_the_time_that_a_request_has(
@@ -236,7 +314,7 @@ def test_an_issuer_that_asks_to_wait_is_not_called_meanwhile(start_service: Star
 @pytest.mark.parametrize(
     ("url", "reason"),
     [
-        ("http://127.0.0.1:1/certs", "no connection ("),
+        (f"http://127.0.0.1:{free_port()}/certs", "no connection ("),
         ("http://nowhere.invalid/certs", "the host name cannot be resolved"),
     ],
 )
@@ -248,9 +326,14 @@ def test_the_log_tells_why_the_keys_did_not_come(
     assert f"cannot be fetched from AUTH_JWKS_URL: {reason}" in caplog.text
 
 
-def test_the_log_tells_that_the_issuer_was_too_slow(
-    start_service: Start, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_log_tells_that_the_issuer_was_too_slow(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail(url: str) -> None:
+        async with opened(url, timeout_seconds=0.2) as keys:
+            with pytest.raises(AuthenticationUnavailable):
+                await keys.check()
+
     with RawServer(None, holds=True) as silent:
-        ask(start_service(auth_jwks_url=silent.url), make_token())
-    assert "AUTH_JWKS_URL: no response within 2 s" in caplog.text
+        asyncio.run(fail(silent.url))
+    assert caplog.messages == [
+        "the issuer's keys cannot be fetched from AUTH_JWKS_URL: no response within 0.2 s"
+    ]

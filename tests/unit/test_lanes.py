@@ -12,7 +12,8 @@ import pytest
 from app.errors import LedgerUnavailable
 from app.group_commit import LANES, GroupCommit
 from app.ledger import Ledger
-from app.outcomes import Debited, Outcome
+from app.outcomes import Debited, KeyedDebit, Outcome
+from app.retry_after import Pause
 from app.schemas import DebitRequest
 
 ITEM = uuid4()
@@ -27,20 +28,25 @@ class FakeLedger:
         self.batch: asyncio.Future[None] = loop.create_future()
         self.batch_is_sent = asyncio.Event()
         self.sent_alone: list[str] = []
+        self.pause = Pause("SUPABASE_URL")
 
-    async def debit(self, debit: DebitRequest, key: str, deadline: float) -> Outcome:
-        del deadline
-        self.sent_alone.append(key)
-        if key == "first":
+    async def debit(
+        self, sent: KeyedDebit, deadline: float, *, perhaps_done: bool = False
+    ) -> Outcome:
+        del deadline, perhaps_done
+        self.sent_alone.append(sent.key)
+        if sent.key == "first":
             await self.first
-        return debited(debit)
+        return debited(sent.debit)
 
-    settle = debit
-
-    async def debit_batch(self, debits: Sequence[tuple[DebitRequest, str]]) -> list[Outcome | None]:
+    async def debit_batch(self, sent: Sequence[KeyedDebit]) -> list[Outcome | None]:
         self.batch_is_sent.set()
         await self.batch
-        return [None] * len(debits)
+        return [None] * len(sent)
+
+
+def keyed(user_id: int, key: str) -> KeyedDebit:
+    return KeyedDebit(DebitRequest(user_id=user_id, item_id=ITEM), key, uuid4())
 
 
 def debited(debit: DebitRequest) -> Debited:
@@ -72,8 +78,7 @@ class Lane:
         await first
 
     def debit(self, user_id: int, key: str, deadline: float) -> asyncio.Task[Outcome]:
-        request = DebitRequest(user_id=user_id, item_id=ITEM)
-        return asyncio.create_task(self.group_commit.debit(request, key, deadline))
+        return asyncio.create_task(self.group_commit.debit(keyed(user_id, key), deadline))
 
     async def outcomes(self) -> list[Outcome | BaseException]:
         return await asyncio.gather(*self.debits, return_exceptions=True)
@@ -101,7 +106,7 @@ def test_what_comes_after_its_deadline_is_never_sent() -> None:
         group_commit = GroupCommit(cast("Ledger", ledger), batch_size_max=64)
         late = asyncio.get_running_loop().time() - 0.001
         with pytest.raises(LedgerUnavailable):
-            await group_commit.debit(DebitRequest(user_id=1, item_id=ITEM), "late", late)
+            await group_commit.debit(keyed(1, "late"), late)
         await asyncio.sleep(0.01)
         assert ledger.sent_alone == []
 

@@ -1,0 +1,335 @@
+"""A products service that is silent, down or wrong costs its callers as little as possible."""
+
+import asyncio
+import logging
+import socket
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from servers import RawServer, SocketServer, await_true, http_answer
+
+from app.errors import ItemNotFound, ProductsUnavailable
+from app.http_client import http_client
+from app.http_failures import FailureLog
+from app.products import ITEM_BYTES_MAX, Products
+
+COFFEE, TEA, MILK = (UUID(int=number) for number in (1, 2, 3))
+BROKEN = http_answer("500 Internal Server Error", b'{"detail": "oops"}')
+GONE = http_answer("404 Not Found", b'{"detail": "no such item"}')
+SILENT = b"silent"
+
+
+class Items(SocketServer):
+    """A products service that knows every item, unless `answers` has another response for it."""
+
+    def __init__(self) -> None:
+        super().__init__(self._tell)
+        self.calls: Counter[UUID] = Counter()
+        self.answers: dict[UUID, bytes] = {}
+        self.default: bytes | None = None
+        self.may_answer = threading.Event()
+
+    def _tell(self, connection: socket.socket, request: bytes) -> None:
+        item_id = UUID(request.split(b" ")[1].rsplit(b"/", 1)[1].decode())
+        self.calls[item_id] += 1
+        answer = self.answers.get(item_id, self.default)
+        if answer == SILENT:
+            self.may_answer.wait(10)
+            answer = None
+        body = f'{{"id": "{item_id}", "price": 350, "active": true}}'
+        connection.sendall(answer or http_answer("200 OK", body.encode()))
+
+
+@asynccontextmanager
+async def opened(url: str, cache_seconds: float = 30, **limits: Any) -> AsyncIterator[Products]:
+    """Make a client of the products service for which a second is 0.2 s."""
+    times = {"timeout_seconds": 1.0, "failure_seconds": 0.2}
+    client = http_client(
+        "PRODUCTS_SERVICE_URL", url, timeout_seconds=2, response_bytes_max=ITEM_BYTES_MAX
+    )
+    async with client:
+        products = Products(client, cache_seconds, **(times | limits))
+        yield products
+        await products.close()
+
+
+def run(scenario: Callable[[Items], Awaitable[None]]) -> None:
+    async def run_scenario() -> None:
+        with Items() as items:
+            try:
+                await scenario(items)
+            finally:
+                items.may_answer.set()
+
+    asyncio.run(run_scenario())
+
+
+async def ask(products: Products, item_id: UUID) -> tuple[str, float]:
+    """Return what a caller is told of an item, and how many seconds that takes."""
+    started = time.monotonic()
+    try:
+        item = await products.get_item(item_id)
+        told = "for sale" if item.active else "not for sale"
+    except (ProductsUnavailable, ItemNotFound) as problem:
+        told = problem.code
+    return told, time.monotonic() - started
+
+
+async def until_told(products: Products, told: str) -> None:
+    for _ in range(1000):
+        if (await ask(products, COFFEE))[0] == told:
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError(f"never {told}")
+
+
+def test_nobody_waits_for_a_known_item_while_the_products_service_is_silent() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, cache_seconds=0.001, timeout_seconds=5) as products:
+            assert (await ask(products, COFFEE))[0] == "for sale"
+            items.default = SILENT
+            await asyncio.sleep(0.001)
+            for _ in range(200):
+                told, seconds = await ask(products, COFFEE)
+                assert told == "for sale"
+                assert seconds < 0.1
+            assert items.calls[COFFEE] <= 2
+
+    run(scenario)
+
+
+def test_the_call_in_the_background_brings_the_cache_up_to_date() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, cache_seconds=0.001) as products:
+            assert (await ask(products, COFFEE))[0] == "for sale"
+            body = f'{{"id": "{COFFEE}", "price": 350, "active": false}}'
+            items.answers[COFFEE] = http_answer("200 OK", body.encode())
+            await until_told(products, "not for sale")
+            # A refusal is not used when it is old: nobody would check it.
+            del items.answers[COFFEE]
+            await asyncio.sleep(0.001)
+            assert (await ask(products, COFFEE))[0] == "for sale"
+
+    run(scenario)
+
+
+def test_an_item_that_is_gone_is_forgotten() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, cache_seconds=0.001) as products:
+            assert (await ask(products, COFFEE))[0] == "for sale"
+            items.answers[COFFEE] = GONE
+            await until_told(products, "item_not_found")
+            items.answers[COFFEE] = BROKEN
+            assert (await ask(products, COFFEE))[0] == "products_unavailable"
+
+    run(scenario)
+
+
+def test_a_known_item_is_sold_without_a_cache_too_while_the_products_service_is_silent() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, cache_seconds=0, timeout_seconds=0.5) as products:
+            for calls in (1, 2, 3):
+                assert (await ask(products, COFFEE))[0] == "for sale"
+                assert items.calls[COFFEE] == calls
+            items.default = SILENT
+            assert (await ask(products, COFFEE))[0] == "for sale"  # only this one waits
+            await asyncio.sleep(0.2)
+            for _ in range(20):
+                told, seconds = await ask(products, COFFEE)
+                assert told == "for sale"
+                assert seconds < 0.1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("fault", [BROKEN, SILENT], ids=["status 500", "silent"])
+def test_an_outage_costs_one_call_a_second(fault: bytes) -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, timeout_seconds=0.1) as products:
+            items.default = fault
+            first = [ask(products, UUID(int=number)) for number in range(10)]
+            assert {told for told, _ in await asyncio.gather(*first)} == {"products_unavailable"}
+            started, calls = time.monotonic(), items.calls.total()
+            waits = []
+            while time.monotonic() - started < 1.1:
+                told, seconds = await ask(products, uuid4())
+                assert told == "products_unavailable"
+                waits.append(seconds)
+                await asyncio.sleep(0.002)
+            assert 3 <= items.calls.total() - calls <= 7
+            assert statistics.median(waits) < 0.01
+
+    run(scenario)
+
+
+def test_callers_are_told_at_once_and_when_to_try_again() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, timeout_seconds=0.2, failure_seconds=5) as products:
+            items.default = SILENT
+            await ask(products, COFFEE)
+            with pytest.raises(ProductsUnavailable) as refused:
+                await products.get_item(COFFEE)
+            assert refused.value.headers["Retry-After"] == "1"
+            assert items.calls[COFFEE] == 1
+
+    run(scenario)
+
+
+def test_items_are_sold_again_when_the_products_service_is_back() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url) as products:
+            items.default = BROKEN
+            for item_id in (COFFEE, TEA):
+                assert (await ask(products, item_id))[0] == "products_unavailable"
+            assert (await ask(products, MILK))[0] == "products_unavailable"
+            assert items.calls[MILK] == 0
+            items.default = None
+            await asyncio.sleep(0.2)
+            told = await asyncio.gather(*(ask(products, MILK) for _ in range(10)))
+            assert {word for word, _ in told} == {"for sale"}
+            assert (await ask(products, COFFEE))[0] == "for sale"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("fault", [BROKEN, SILENT], ids=["status 500", "silent"])
+def test_an_item_that_always_fails_stops_no_other(fault: bytes) -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, cache_seconds=0, timeout_seconds=0.5) as products:
+            items.answers[COFFEE] = fault
+            for _ in range(5):
+                assert (await ask(products, COFFEE))[0] == "products_unavailable"
+                for _ in range(20):
+                    assert (await ask(products, uuid4()))[0] == "for sale"
+                await asyncio.sleep(0.2)
+            assert items.calls[COFFEE] == 5
+
+    run(scenario)
+
+
+def test_an_item_that_always_fails_does_not_prolong_an_outage() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url) as products:
+            items.default = BROKEN
+            for item_id in (TEA, COFFEE):
+                await ask(products, item_id)
+            items.default, items.answers[COFFEE] = None, BROKEN
+            await asyncio.sleep(0.2)
+            assert (await ask(products, COFFEE))[0] == "products_unavailable"
+            assert (await ask(products, MILK))[0] == "for sale"
+
+    run(scenario)
+
+
+def test_a_caller_who_leaves_does_not_end_the_call_of_another() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, timeout_seconds=5) as products:
+            items.default = SILENT  # until it may answer
+            first = asyncio.create_task(products.get_item(COFFEE))
+            await asyncio.to_thread(await_true, lambda: items.calls[COFFEE] == 1)
+            second = asyncio.create_task(products.get_item(COFFEE))
+            await asyncio.sleep(0)
+            first.cancel()
+            items.may_answer.set()
+            assert (await second).id == COFFEE
+            assert items.calls[COFFEE] == 1
+
+    run(scenario)
+
+
+def test_the_cache_has_a_limit_and_keeps_the_latest_responses() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, items_max=2) as products:
+            for item_id in (COFFEE, TEA, MILK, TEA, MILK, COFFEE):
+                await products.get_item(item_id)
+            assert items.calls == {COFFEE: 2, TEA: 1, MILK: 1}
+
+    run(scenario)
+
+
+def test_a_closed_client_leaves_no_call_behind() -> None:
+    async def scenario(items: Items) -> None:
+        async with opened(items.url, cache_seconds=0.001, timeout_seconds=5) as products:
+            await products.get_item(COFFEE)
+            items.default = SILENT
+            await asyncio.sleep(0.001)
+            await products.get_item(COFFEE)
+            await asyncio.to_thread(await_true, lambda: items.calls[COFFEE] == 2)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (None, "no response within 0.2 s"),
+        (b"HTTP/1.1 200 OK\r\n", "no response within 0.2 s"),
+        (b"", "the connection broke before the response was complete"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{",
+            "the connection broke before the response was complete",
+        ),
+        (b"220 mail.example.org ESMTP\r\n", "the response is not HTTP"),
+        (http_answer("502 Bad Gateway", b"<html>nginx</html>", "text/html"), "status 502"),
+        (http_answer("200 OK", b"<html>Hi</html>"), "the response is not as documented"),
+        (http_answer("200 OK", b" " * 2 * ITEM_BYTES_MAX), "the response is too large"),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+            "the response is compressed in a way that cannot be read",
+        ),
+        (
+            b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nContent-Length: 2\r\n\r\n{}",
+            "the response is compressed in a way that cannot be read",
+        ),
+    ],
+)
+def test_the_log_tells_why_a_call_failed(
+    caplog: pytest.LogCaptureFixture, answer: bytes | None, reason: str
+) -> None:
+    async def fail(url: str) -> None:
+        async with opened(url, timeout_seconds=0.2) as products:
+            assert (await ask(products, COFFEE))[0] == "products_unavailable"
+
+    holds = answer is None or answer.endswith(b"OK\r\n")
+    with RawServer(answer, holds=holds) as server:
+        asyncio.run(fail(server.url))
+    assert caplog.messages == [f"products service: {reason}"]
+
+
+def test_a_reason_that_comes_again_is_counted_once_a_second(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fail() -> None:
+        failures = FailureLog(logging.getLogger("test"), "products service")
+        for _ in range(25):
+            failures.log(logging.WARNING, "status 500")
+        failures.log(logging.WARNING, "status 502")
+        assert caplog.messages == ["products service: status 500", "products service: status 502"]
+        await asyncio.to_thread(await_true, lambda: len(caplog.messages) == 3)
+        failures.log(logging.WARNING, "status 500")
+        await asyncio.to_thread(await_true, lambda: len(caplog.messages) == 4)
+
+    asyncio.run(fail())
+    assert caplog.messages[2:] == [
+        "products service: status 500 (24 more in the last second)",
+        "products service: status 500 (1 more in the last second)",
+    ]
+
+
+def test_reasons_that_always_differ_do_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def fail() -> None:
+        failures = FailureLog(logging.getLogger("test"), "ledger")
+        for number in range(1000):
+            failures.log(logging.WARNING, f"P0001 number {number}")
+
+    asyncio.run(fail())
+    assert len(caplog.messages) <= 21
+    assert caplog.messages[-1] == "ledger: other reasons"

@@ -1,0 +1,1 @@
+"""Deterministic simulation: the service on a virtual clock, against a model of its database."""

@@ -1,0 +1,75 @@
+"""A call of the ledger client as the model sees it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+from simulation.database import Debit
+
+
+@dataclass(frozen=True)
+class Response:
+    """What execute() returns, as far as the ledger client reads it."""
+
+    data: object
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of the service, from sending to the response."""
+
+    send: Callable[["Call"], Awaitable[Response]]
+    number: int
+    function: str
+    arguments: Mapping[str, object]
+    debits: list[Debit]
+    sent_at: float = 0.0
+    response: asyncio.Future[Response] = field(init=False)
+    is_begun: bool = False  # its transaction
+    is_executing: bool = False
+    locked: set[int] = field(default_factory=set)  # users
+    skipped: set[int] = field(default_factory=set)  # products
+
+    async def execute(self) -> Response:
+        return await self.send(self)
+
+    @property
+    def is_lookup(self) -> bool:
+        return self.function == "find_payment"
+
+    @property
+    def is_batch(self) -> bool:
+        return self.function == "debit_use_batch"
+
+    @property
+    def has_caller(self) -> bool:
+        return not self.response.done()
+
+    def fail(self, error: Exception) -> None:
+        if self.has_caller:
+            self.response.set_exception(error)
+
+
+def read_debits(function: str, arguments: Mapping[str, object]) -> list[Debit]:
+    """Read the debits of a call; the attempt is optional."""
+    if function == "debit_use":
+        names = ("user_id_input", "item_input", "idempotency_key_input", "expected_price_input")
+        values = [arguments.get(name) for name in (*names, "attempt_input")]
+        return [Debit(*values)]  # type: ignore[arg-type] # the service's own JSON
+    if function == "debit_use_batch":
+        names = ("user_id", "item_id", "idempotency_key", "expected_price")
+        debits = cast("list[dict[str, object]]", arguments["debits"])
+        return [
+            Debit(*[debit.get(name) for name in (*names, "attempt")])  # type: ignore[arg-type] # as above
+            for debit in debits
+        ]
+    return []
+
+
+def summarize(data: object) -> str:
+    if isinstance(data, list):
+        return str([summarize(one) for one in data])
+    if isinstance(data, dict):
+        return f"{data.get('outcome')}{' replayed' if data.get('replayed') else ''}"
+    return repr(data)

@@ -1,0 +1,193 @@
+"""Put known mistakes back into a copy of the service, and see that the simulation finds each.
+
+PYTHONPATH=.:tests .venv/bin/python -m simulation.mutations
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SCHEDULES = 3_000
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake, as a change of one place in the code, and the check that finds it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    check: str
+
+
+# Rows 1, 3, 9, 10, 12, 16 and 17 of the table of faults, as version 0.1 had them.
+FORMER_FAULTS = (
+    Mutation(
+        "each user with a held row occupies a connection",
+        "group_commit.py",
+        "SINGLE_CALLS_MAX = 4",
+        "SINGLE_CALLS_MAX = 1_000",
+        "held-row-waits",
+    ),
+    Mutation(
+        "a failed batch is repeated as single calls, all at once",
+        "group_commit.py",
+        "                if not await repeats.again_after(failure):\n",
+        "                for waiting in batch:\n"
+        "                    self._start(self._settle_alone(waiting), waiting.context)\n"
+        "                if batch:\n"
+        "                    return\n"
+        "                if not await repeats.again_after(failure):\n",
+        "calls",
+    ),
+    Mutation("XX000 means not charged", "ledger.py", ', "XX000")', ")", "rejections"),
+    Mutation(
+        "whatever is replayed after a lost response is this request's own",
+        "ledger.py",
+        "                return await self._ask(sent, deadline)\n",
+        "                outcome = await self._ask(sent, deadline)\n"
+        "                if repeats.perhaps_done:\n"
+        '                    return outcome.model_copy(update={"replayed": False})\n'
+        "                return outcome\n",
+        "replays",
+    ),
+    Mutation(
+        "look-ups share the limit of debits",
+        "ledger.py",
+        "deadline, read_found, self._lookups)",
+        "deadline, read_found)",
+        "lookup-waits",
+    ),
+    Mutation("25P02 is told as rejected", "ledger.py", '    "25P02",\n', "", "rejections"),
+    Mutation(
+        'what was certainly "not done" is repeated once',
+        "ledger.py",
+        "        self._calls += 1\n",
+        "        self._calls += 1\n"
+        "        if self._calls > 1 and isinstance(failure, LedgerUnavailable):\n"
+        "            return False\n",
+        "outages",
+    ),
+)
+OTHER_MISTAKES = (
+    Mutation(
+        "a broken connection means not charged",
+        "ledger.py",
+        "    if not isinstance(error, APIError):\n        return OutcomeUnknown\n",
+        "    if not isinstance(error, APIError):\n        return LedgerUnavailable\n",
+        "answers",
+    ),
+    Mutation(
+        "each call has a new key",
+        "ledger.py",
+        '"idempotency_key_input": sent.key,',
+        '"idempotency_key_input": f"{sent.key} {random.random()}",',
+        "charges",
+    ),
+    Mutation(
+        "unknown becomes not charged after a call that was not done",
+        "ledger.py",
+        "                if repeats.perhaps_done:\n",
+        "                if isinstance(failure, OutcomeUnknown):\n",
+        "answers",
+    ),
+    Mutation(
+        "a failed look-up finds nothing",
+        "ledger.py",
+        "        except PaymentError as error:\n            raise LedgerUnavailable from error\n",
+        "        except PaymentError:\n            return None\n",
+        "lookups",
+    ),
+    Mutation(
+        "who is in flight at the deadline is told not charged",
+        "group_commit.py",
+        "            if waiting.is_in_flight or waiting.is_perhaps_done:\n",
+        "            if waiting.is_perhaps_done:\n",
+        "answers",
+    ),
+    Mutation(
+        "the debits of a lost batch are forgotten to be perhaps done",
+        "group_commit.py",
+        "                waiting.is_perhaps_done = True\n",
+        "                pass\n",
+        "answers",
+    ),
+    Mutation(
+        "parked debits stay parked",
+        "group_commit.py",
+        "                self.add(parked)\n",
+        "                pass\n",
+        "failed-batch",
+    ),
+    Mutation(
+        "a single call does not give its permit back",
+        "group_commit.py",
+        "            self._permits.give()\n",
+        "            pass\n",
+        "end",
+    ),
+    Mutation(
+        "outcomes go to the wrong debits",
+        "group_commit.py",
+        "in zip(batch, outcomes, strict=True):",
+        "in zip(batch, reversed(outcomes), strict=True):",
+        "answers",
+    ),
+    Mutation(
+        "a reused key returns the outcome of another debit",
+        "debit.py",
+        " or not earlier.is_about(debit)",
+        "",
+        "answers",
+    ),
+)
+
+
+def main() -> int:
+    """Return 1 if a mistake is not found."""
+    missed = 0
+    for mutation in (*FORMER_FAULTS, *OTHER_MISTAKES):
+        found = find_mistake(mutation)
+        missed += found is None
+        sys.stdout.write(f"{mutation.name}: {found or 'NOT FOUND'}\n")
+        sys.stdout.flush()
+    return int(missed > 0)
+
+
+def find_mistake(mutation: Mutation) -> str | None:
+    """Run the simulation on a mutated copy; return the first violation, or None.
+
+    Raises:
+        ValueError: the mistake does not fit the code any more.
+    """
+    with tempfile.TemporaryDirectory(prefix="simulation-mutation-") as folder:
+        shutil.copytree(ROOT / "app", Path(folder) / "app")
+        file = Path(folder) / "app" / mutation.file
+        code = file.read_text()
+        if code.count(mutation.old) != 1:
+            raise ValueError(f'{mutation.file} does not have the code of "{mutation.name}" once')
+        file.write_text(code.replace(mutation.old, mutation.new))
+        command = [sys.executable, "-m", "simulation", "--first", "0", "--seeds", str(SCHEDULES)]
+        result = subprocess.run(
+            [*command, "--checks", mutation.check],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": f"{folder}:{ROOT / 'tests'}"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    violation = re.search(r"^seed (\d+): \d+ violations\n +(.{,150})", result.stdout, re.MULTILINE)
+    if result.returncode == 1 and violation:
+        return f"seed {violation[1]}, {violation[2]}"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
