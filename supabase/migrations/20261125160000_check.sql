@@ -250,7 +250,12 @@ begin
   for finding in
     select
       child.oid::regclass as child, parent.oid::regclass as parent,
-      parent.oid in (users, items, history) as is_parent
+      parent.oid in (users, items, history) as is_parent,
+      case when parent.oid = users then 'card_id' else 'id' end as key,
+      (
+        select string_agg(quote_ident(attname), ', ' order by attnum) from pg_attribute
+        where attrelid = parent.oid and attnum > 0 and not attisdropped and attgenerated = ''
+      ) as columns
     from pg_inherits
     inner join pg_class as child on pg_inherits.inhrelid = child.oid
     inner join pg_class as parent on pg_inherits.inhparent = parent.oid
@@ -260,11 +265,16 @@ begin
     is_readable := false;
     obstacles := obstacles || format(
       E'Table %1$s inherits from %2$s, so keys do not hold for the rows of both.%3$s\n'
-      'Fix: alter table %1$s no inherit %2$s;',
+      'Fix: alter table %1$s no inherit %2$s;%4$s',
       finding.child, finding.parent,
       case when finding.is_parent then format(
-        ' The fix makes %1$s a table of its own: insert its rows into %2$s before, if they belong '
-        'there.', finding.child, finding.parent
+        ' The fix makes %1$s a table of its own, and copies its rows to %2$s unless there is one of '
+        'the same %3$s.', finding.child, finding.parent, finding.key
+      ) end,
+      case when finding.is_parent then format(
+        ' insert into %1$s (%3$s) overriding system value select %3$s from %2$s as child where not '
+        'exists (select from %1$s as parent where parent.%4$I = child.%4$I);',
+        finding.parent, finding.child, finding.columns, finding.key
       ) end
     );
   end loop;
@@ -497,7 +507,7 @@ begin
   for finding in
     select
       class.relname, index.indexrelid::regclass as name, con.conname,
-      pg_get_indexdef(index.indexrelid) as definition,
+      coalesce(pg_get_constraintdef(con.oid), pg_get_indexdef(index.indexrelid)) as definition,
       (
         select string_agg(format(
           'alter table %s drop constraint %I; ', referring.conrelid::regclass, referring.conname
@@ -509,8 +519,7 @@ begin
     inner join pg_class as class on index.indrelid = class.oid
     left join pg_constraint as con
       on index.indexrelid = con.conindid and con.contype in ('p', 'u', 'x')
-    where not is_migrated
-      and (
+    where (
         (index.indrelid = history and index.indisunique)
         or (
           index.indrelid = users and (index.indisunique or index.indisexclusion)
@@ -529,10 +538,14 @@ begin
             on attribute.attrelid = standard.adrelid and attribute.attnum = standard.adnum
           where attribute.attrelid = index.indrelid and attribute.attnum = any(index.indkey)
             and (
-              attribute.attname = case when index.indrelid = history then 'id' else 'card_id' end
+              (index.indrelid = users and attribute.attname = 'card_id')
+              or (index.indrelid = history and attribute.attname in ('id', 'seq', 'idempotency_key'))
               or (
                 index.indrelid = history and attribute.attgenerated = ''
-                and attribute.attname not in ('user_id', 'user', 'item', 'amount_delta', 'created_at')
+                and attribute.attname not in (
+                  'user_id', 'user', 'item', 'amount_delta', 'created_at', 'kind', 'balance_after',
+                  'expected_price'
+                )
                 and (
                   attribute.attidentity <> ''
                   or pg_get_expr(standard.adbin, standard.adrelid) ~ '^(nextval|gen_random_uuid)\('
@@ -1273,8 +1286,14 @@ begin
         'from public."Users" where card_id is null) as numbered where users.ctid = numbered.ctid;'
       ),
       (
-        'Users', 'balance', null, 'a balance is a number. The fix sets 0',
-        'update public."Users" set balance = 0 where balance is null;'
+        'Users', 'balance', null, 'a balance is a number. The fix sets that of the entries, or 0',
+        case
+          when is_migrated then
+            'update public."Users" set balance = coalesce((select balance_after from '
+            'public."Transaction_History" where user_id = card_id order by seq desc limit 1), 0) '
+            'where balance is null;'
+          else 'update public."Users" set balance = 0 where balance is null;'
+        end
       ),
       (
         'Users', 'active', null, 'it says whether the user may buy. The fix deactivates them',
@@ -1309,8 +1328,8 @@ begin
     inner join pg_attribute as attribute
       on attribute.attrelid = to_regclass(format('public.%I', wanted.table_name))
       and attribute.attname = wanted.column_name
-    -- A not-null constraint may be there without having been checked.
-    where not attribute.attisdropped and not is_migrated
+    -- Before the first migration a not-null constraint may be there without having been checked.
+    where not attribute.attisdropped and not (is_migrated and attribute.attnotnull)
       and (wanted.type is null or wanted.type = format_type(attribute.atttypid, null)
         or (wanted.type = 'bigint' and attribute.atttypid in ('int2'::regtype, 'int4'::regtype)))
   loop

@@ -392,7 +392,7 @@ begin
         where attribute.attrelid = index.indrelid and attribute.attnum = any(index.indkey)
           and (
             attribute.attname in ('id', 'seq', 'idempotency_key') or attribute.attidentity <> ''
-            -- Nobody fills it, or a function gives each its own.
+            -- A debit leaves a column of others null, or it has its own number.
             or attribute.attname not in (
               'user_id', 'item', 'amount_delta', 'created_at', 'kind', 'balance_after',
               'expected_price'
@@ -420,7 +420,7 @@ begin
     raise exception using
       errcode = 'object_not_in_prerequisite_state',
       message = faults,
-      hint = 'Apply the migrations again.';
+      hint = 'Apply the migrations again; their check names what has to go.';
   end if;
   return jsonb_build_object('outcome', 'ready');
 end

@@ -167,7 +167,7 @@ def balances_of(connection: psycopg.Connection) -> object:
     if types not in [("integer",), ("bigint",)]:
         return None
     rows = connection.execute(
-        'select name, balance from only public."Users" order by name, balance'
+        'select name, balance from public."Users" order by name, balance'
     ).fetchall()
     is_money = all(balance is not None and balance < 2**62 for _, balance in rows)
     return rows if is_money else None

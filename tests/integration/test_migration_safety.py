@@ -243,8 +243,47 @@ def test_what_breaks_debits_later_is_reported_by_the_check_of_the_service(
 ) -> None:
     apply_migrations(url)
     execute(url, change)
-    with pytest.raises(Stopped, match=named):
+    with pytest.raises(Stopped, match=named) as failed:
         look_up(url, "select public.check_ledger()")
+    assert failed.value.diag.message_hint is not None
+    assert "Apply the migrations again" in failed.value.diag.message_hint
+    for _ in range(2):
+        try:
+            apply_migrations(url)
+        except Stopped as stopped:
+            _, fix = (stopped.diag.message_primary or "").split("Fix: ")
+            execute(url, fix)
+    assert look_up(url, "select public.check_ledger() ->> 'outcome'") == [("ready",)]
+
+
+def test_a_balance_that_is_null_later_becomes_that_of_the_entries(url: str) -> None:
+    apply_migrations(url)
+    execute(
+        url,
+        'alter table public."Users" alter balance drop not null',
+        'update public."Users" set balance = null where card_id = 1001',
+    )
+    with pytest.raises(Stopped) as stopped:
+        apply_migrations(url)
+    _, fix = (stopped.value.diag.message_primary or "").split("Fix: ")
+    execute(url, fix)
+    apply_migrations(url)
+    assert look_up(url, 'select balance from public."Users" where card_id = 1001') == [(4650,)]
+    assert look_up(url, "select * from public.audit_ledger()") == []
+
+
+def test_rows_of_a_table_that_inherited_stay_users(url: str) -> None:
+    execute(
+        url,
+        'create table public.staff (title text) inherits (public."Users"); '
+        "insert into public.staff (card_id, balance) values (7, 700)",
+    )
+    with pytest.raises(Stopped) as stopped:
+        apply_migrations(url)
+    _, fix = (stopped.value.diag.message_primary or "").split("Fix: ")
+    execute(url, fix)
+    apply_migrations(url)
+    assert look_up(url, 'select balance from public."Users" where card_id = 7') == [(700,)]
 
 
 def test_triggers_that_fire_always_and_indexes_that_reject_nothing_are_no_faults(url: str) -> None:
