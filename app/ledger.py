@@ -77,9 +77,16 @@ logger = logging.getLogger(__name__)
 class Ledger:
     """Client of the database's functions. Deadlines are times of the event loop's clock."""
 
-    def __init__(self, supabase: AsyncClient, pause: Pause | None = None) -> None:
+    def __init__(
+        self,
+        supabase: AsyncClient,
+        pause: Pause | None = None,
+        *,
+        call_timeout_seconds: float = CALL_TIMEOUT_SECONDS,
+    ) -> None:
         """Take a client, and the pause that its responses may ask for."""
         self._supabase = supabase
+        self._call_timeout_seconds = call_timeout_seconds
         # A pause leaves the meaning of the response that began it alone: 429 is unknown like any
         # response without a code of the database. A gateway refuses before it passes a call on,
         # but one that tries again by itself can be refused the second time, after the first time
@@ -133,7 +140,7 @@ class Ledger:
         return await self._call(
             "debit_use_batch",
             {"debits": debits},
-            _now() + CALL_TIMEOUT_SECONDS,
+            _now() + self._call_timeout_seconds,
             lambda answer: read_batch(answer, sent),
         )
 
@@ -155,7 +162,7 @@ class Ledger:
         Raises:
             PaymentError: it is not, or the database did not respond.
         """
-        await self._call("check_ledger", {}, _now() + CALL_TIMEOUT_SECONDS, _read_check)
+        await self._call("check_ledger", {}, _now() + self._call_timeout_seconds, _read_check)
 
     async def _ask(self, sent: KeyedDebit, deadline: float) -> Outcome:
         arguments: dict[str, JSON] = {
@@ -200,14 +207,15 @@ class Ledger:
         read: Callable[[object], Answer],
     ) -> Answer:
         try:
-            async with asyncio.timeout_at(min(deadline, _now() + CALL_TIMEOUT_SECONDS)):
+            async with asyncio.timeout_at(min(deadline, _now() + self._call_timeout_seconds)):
                 response = await self._supabase.rpc(function, arguments).execute()
             answer = read(response.data)
         except CALL_ERRORS as error:
             failure = classify_failure(error)
             self.last_state = failure.code
             level = logging.ERROR if failure is LedgerRejected else logging.WARNING
-            self._failures.log(level, f"{function}: {failure.code}: {_describe(error)}")
+            reason = _describe(error, self._call_timeout_seconds)
+            self._failures.log(level, f"{function}: {failure.code}: {reason}")
             raise failure from error
         self.last_state = "ok"
         return answer
@@ -271,9 +279,9 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: Exception, timeout_seconds: float) -> str:
     if isinstance(error, APIError):
         # A proxy's page as a message has lines without end.
         message = next(iter(str(error.message).splitlines()), "")[:MESSAGE_LENGTH_MAX]
         return f"{error.code or 'an answer without a code:'} {message}"
-    return describe_failure(error, CALL_TIMEOUT_SECONDS)
+    return describe_failure(error, timeout_seconds)

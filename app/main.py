@@ -64,7 +64,12 @@ logger = logging.getLogger(__name__)
 class PaymentService(FastAPI):
     """The ASGI application; reads its settings when the server starts it, unless given some."""
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        call_timeout_seconds: float = CALL_TIMEOUT_SECONDS,
+    ) -> None:
         super().__init__(
             title="Payment service",
             version=__version__,
@@ -80,6 +85,7 @@ class PaymentService(FastAPI):
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         self.settings = settings
+        self.call_timeout_seconds = call_timeout_seconds
         self.add_exception_handler(PaymentError, answer_payment_error)
         self.add_exception_handler(RequestValidationError, answer_invalid_parameters)
         self.add_exception_handler(HTTPException, answer_http_exception)
@@ -172,7 +178,7 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
             )
         products = Products(products_client, settings.products_cache_seconds)
         stack.push_async_callback(products.close)
-        ledger = Ledger(supabase, pause)
+        ledger = Ledger(supabase, pause, call_timeout_seconds=app.call_timeout_seconds)
         debits = Debits(
             products,
             ledger,

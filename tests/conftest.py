@@ -10,6 +10,7 @@ from database import Database
 from issuer import Issuer
 from servers import free_port, make_settings, served
 
+from app.ledger import CALL_TIMEOUT_SECONDS
 from app.main import PaymentService
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
@@ -75,9 +76,13 @@ def start_service(gateway_url: str, products_url: str) -> Iterator[Callable[...,
     """Start a service of the test's own, with other dependencies or settings."""
     with ExitStack() as stack:
 
-        def start(**changes: object) -> httpx.Client:
+        def start(
+            *, call_timeout_seconds: float = CALL_TIMEOUT_SECONDS, **changes: object
+        ) -> httpx.Client:
             real = {"supabase_url": gateway_url, "products_service_url": products_url}
-            url = stack.enter_context(served(PaymentService(make_settings(**(real | changes)))))
+            settings = make_settings(**(real | changes))
+            app = PaymentService(settings, call_timeout_seconds=call_timeout_seconds)
+            url = stack.enter_context(served(app))
             return stack.enter_context(httpx.Client(base_url=url, timeout=30))
 
         yield start
