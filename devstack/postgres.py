@@ -61,10 +61,10 @@ def _passfile_variable(port: int) -> str:
 
 
 @contextmanager
-def running_postgres(data_directory: Path, port: int) -> Iterator[None]:
+def running_postgres(data_directory: Path, port: int, *parameters: str) -> Iterator[None]:
     """Run a server on 127.0.0.1:port until the block ends; the data stays in the directory."""
     try:
-        start_postgres(data_directory, port)
+        start_postgres(data_directory, port, *parameters)
         yield
     finally:
         stop_postgres(data_directory)
@@ -94,7 +94,8 @@ def place_cluster(data: Path) -> Path:
     return directory
 
 
-def start_postgres(data_directory: Path, port: int) -> None:
+def start_postgres(data_directory: Path, port: int, *parameters: str) -> None:
+    """Start a server with parameters of its configuration, such as "fsync=off"."""
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]  # they would change where libpq and the server's programs connect
     stop_postgres(data_directory)  # left behind by a dev stack that was killed
@@ -105,6 +106,7 @@ def start_postgres(data_directory: Path, port: int) -> None:
     elif not passfile.exists():
         _set_passwords(data_directory)
     options = f"-h 127.0.0.1 -p {port} -c unix_socket_directories='' -c max_connections=60"
+    options += "".join(f" -c {parameter}" for parameter in parameters)
     log = data_directory / "server.log"
     started = run_as_account(
         *(server_programs(data_directory) / "pg_ctl", "-D", data_directory, "-l", log),

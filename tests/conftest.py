@@ -7,6 +7,7 @@ import httpx
 import psycopg
 import pytest
 from database import Database
+from hypothesis import Phase, settings
 from issuer import Issuer
 from servers import free_port, make_settings, served
 
@@ -18,16 +19,16 @@ from devstack.postgres import apply_migrations, database_url, running_postgres
 from devstack.products import create_products
 from devstack.server_account import temporary_folder
 
+# For make mutants, which only asks whether a property fails: no shrinking.
+settings.register_profile("mutants", phases=[Phase.generate], database=None, derandomize=True)
+
 
 @pytest.fixture(scope="session")
 def postgres_port() -> Iterator[int]:
     """A server with an empty database; not in pytest's folder, which only root may enter."""
     port = free_port()
-    with temporary_folder() as folder, running_postgres(folder / "postgres", port):
-        # The data is thrown away; writing hundreds of databases to disk at the end takes a minute.
-        with psycopg.connect(database_url(port, "supabase_admin"), autocommit=True) as admin:
-            admin.execute("alter system set fsync = off")
-            admin.execute("select pg_reload_conf()")
+    # The data is thrown away; writing hundreds of databases to disk takes a minute.
+    with temporary_folder() as folder, running_postgres(folder / "postgres", port, "fsync=off"):
         yield port
 
 

@@ -259,13 +259,16 @@ def replica(ledger: Ledger) -> Iterator[psycopg.Connection]:
     directory = Path(row[0]).parent / f"standby_{uuid4().hex}"
     port, primary = free_port(), database_url(ledger.owner.info.port)
     subprocess.run(
-        [POSTGRES_BIN_PATH / "pg_basebackup", "-R", "-c", "fast", "-D", directory, "-d", primary],
+        [
+            *(POSTGRES_BIN_PATH / "pg_basebackup", "-R", "-c", "fast", "--no-sync"),
+            *("-D", directory, "-d", primary),
+        ],
         check=True,
     )
     if account := server_account():
         for path in (directory, *directory.rglob("*")):
             os.chown(path, account.pw_uid, account.pw_gid)
-    with running_postgres(directory, port):
+    with running_postgres(directory, port, "fsync=off"):
         url = database_url(port, database=ledger.owner.info.dbname)
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("set role service_role")
