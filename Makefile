@@ -9,7 +9,7 @@ CHECKOV := .venv-checkov/installed
 IMAGE := .venv-image/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help run test simulate torture bench audit check-database lint types check manifests policies
+.PHONY: help run test mutants simulate torture bench audit check-database lint types check manifests policies
 .PHONY: lock vulnerabilities sbom licences clean
 
 help: ## Show this list
@@ -20,6 +20,9 @@ run: $(INSTALLED) ## Start the service and all it needs on this machine; Ctrl-C 
 
 test: $(INSTALLED) ## Run all tests with the coverage of app
 	$(BIN)/python -m pytest tests/ --cov=app --cov-report=html --cov-report=term
+
+mutants: $(INSTALLED) ## Put mistakes into a copy and see that the property tests fail; ARGS="look-up"
+	@PYTHONPATH=.:tests $(BIN)/python -m mutants $(ARGS)
 
 simulate: $(INSTALLED) ## Run the service on a virtual clock with faults; ARGS="--minutes 30"
 	@PYTHONPATH=.:tests $(BIN)/python -m simulation $(ARGS)

@@ -1,0 +1,36 @@
+"""A mutant, and the files that mutants change."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEBIT_SQL = "supabase/migrations/*_debit.sql"  # a change of the file changes its timestamp
+
+
+class DoesNotApply(Exception):
+    """The text to replace is not there, or more than once."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake as the replacement of one piece of text."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+    def apply(self, root: Path) -> tuple[Path, str]:
+        """Change the file in a copy of the project; return it with its former text.
+
+        Raises:
+            DoesNotApply: the code has changed since the mutant was written.
+        """
+        files = sorted(root.glob(self.file))
+        text = files[0].read_text() if len(files) == 1 else ""
+        if (found := text.count(self.old)) != 1:
+            raise DoesNotApply(
+                f'"{self.name}": its text is {found} times in {self.file}, not once. Adapt it to '
+                f"the code:\n{self.old}"
+            )
+        files[0].write_text(text.replace(self.old, self.new))
+        return files[0], text
