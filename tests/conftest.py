@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import httpx
 import psycopg
 import pytest
-from database import Database
+from database import Database, drop_databases
 from hypothesis import Phase, settings
 from issuer import Issuer
 from servers import free_port, make_settings, served
@@ -87,6 +87,12 @@ def start_service(gateway_url: str, products_url: str) -> Iterator[Callable[...,
             return stack.enter_context(httpx.Client(base_url=url, timeout=30))
 
         yield start
+
+
+@pytest.fixture(autouse=True)
+def _databases_end_with_their_test() -> Iterator[None]:
+    yield
+    drop_databases()
 
 
 @pytest.fixture

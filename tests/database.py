@@ -83,14 +83,26 @@ grant all on sequences to anon, authenticated, service_role;
 """
 
 
+created: list[tuple[int, str]] = []  # databases of the test that runs: port and name
+
+
 def create_database(port: int, name: str) -> str:
-    """Make an empty database with the grants of Supabase; its address."""
+    """Make an empty database with the grants of Supabase, until the test ends; its address."""
     with psycopg.connect(database_url(port), autocommit=True) as admin:
         admin.execute(f"create database {name}")
+    created.append((port, name))
     url = database_url(port, database=name)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute(SUPABASE_GRANTS)
     return url
+
+
+def drop_databases() -> None:
+    """Drop what create_database has made: a base backup or a shutdown would have to write it."""
+    while created:
+        port, name = created.pop()
+        with psycopg.connect(database_url(port), autocommit=True) as admin:
+            admin.execute(f"drop database {name} with (force)")
 
 
 @contextmanager
