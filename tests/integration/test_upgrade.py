@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from uuid import uuid4
 
@@ -223,4 +224,49 @@ def test_old_csv_files_are_imported_before_the_migrations(postgres_port: int) ->
             (7002, "debit", -350, 4650),
             (7003, "debit", 0, 0),
         ]
+        assert connection.execute("select * from public.audit_ledger()").fetchall() == []
+
+
+class Writer(threading.Thread):
+    """Debits and tops up on one connection until it is told to stop; counts what went through."""
+
+    def __init__(self, url: str, user_id: int, stop: threading.Event) -> None:
+        super().__init__()
+        self._url, self._user_id, self._stop_event = url, user_id, stop
+        self.balance_change = 0
+        self.codes: set[str | None] = set()
+
+    def run(self) -> None:
+        with psycopg.connect(self._url, autocommit=True) as connection:
+            while not self._stop_event.is_set():
+                try:
+                    outcome = connection.execute(DEBIT, (self._user_id, COFFEE, str(uuid4())))
+                    if (outcome.fetchone() or ({},))[0]["outcome"] == "debited":
+                        self.balance_change -= 350
+                    connection.execute(
+                        'update public."Users" set balance = balance + 500 where card_id = %s',
+                        (self._user_id,),
+                    )
+                    self.balance_change += 500
+                except psycopg.Error as error:
+                    self.codes.add(error.sqlstate)
+
+
+def test_an_upgrade_under_live_writers_loses_and_doubles_nothing(version_0_1_url: str) -> None:
+    stop = threading.Event()
+    balances = 'select card_id, balance from public."Users" order by card_id'
+    with psycopg.connect(version_0_1_url, autocommit=True) as connection:
+        before: dict[int, int] = dict(connection.execute(balances).fetchall())
+        writers = [Writer(version_0_1_url, user_id, stop) for user_id in before]
+        for writer in writers:
+            writer.start()
+        apply_migrations(version_0_1_url)
+        stop.set()
+        for writer in writers:
+            writer.join()
+        after: dict[int, int] = dict(connection.execute(balances).fetchall())
+        for (user_id, balance), writer in zip(before.items(), writers, strict=True):
+            assert after[user_id] - balance == writer.balance_change
+            # Try again, or rejected: the old function had begun, and waited for the tables.
+            assert writer.codes <= {"55P03", "23514"}
         assert connection.execute("select * from public.audit_ledger()").fetchall() == []
