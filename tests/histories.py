@@ -42,6 +42,7 @@ class Change(NamedTuple):
     item: int
     number: int
     is_active: bool
+    is_about_latest: bool  # about the user and the item of the latest debit with a key
 
 
 USER = st.integers(0, len(BALANCES))
@@ -63,7 +64,8 @@ CHANGE = st.builds(
     USER,
     ITEM,
     st.sampled_from(PRICES),
-    st.sampled_from([True, True, True, False]),
+    st.sampled_from([True, True, False]),
+    st.booleans(),
 )
 
 
@@ -111,7 +113,11 @@ class History:
         return self.sent[-1 - number % len(self.sent)] if self.sent else None
 
     def change(self, change: Change) -> None:
-        user_id, item_id = self.users[change.user], self.items[change.item]
+        user_id: int | None = self.users[change.user]
+        item_id: UUID | None = self.items[change.item]
+        if change.is_about_latest and (latest := self.earlier(0)):
+            user_id = latest.user_id if latest.user_id in self.oracle.users else user_id
+            item_id = latest.item_id if latest.item_id in self.oracle.items else item_id
         user, item = self.oracle.users[user_id], self.oracle.items[item_id]
         match change.kind:
             case "top up":
@@ -124,8 +130,11 @@ class History:
                 item.price = change.number
                 self._execute("Items", "price = %s", change.number, item_id)
             case "switch item":
-                item.is_active = change.is_active
-                self._execute("Items", "active = %s", change.is_active, item_id)
+                self.switch_item(item_id, is_active=change.is_active)
+
+    def switch_item(self, item_id: UUID | None, *, is_active: bool) -> None:
+        self.oracle.items[item_id].is_active = is_active
+        self._execute("Items", "active = %s", is_active, item_id)
 
     def count(self, answer: Answer | None, *, by: str, replayed: bool = False) -> None:
         code = answer.code if answer else "nothing"

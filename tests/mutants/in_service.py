@@ -2,106 +2,119 @@
 
 from mutants.mutant import Mutant
 
+OF_ANSWERS = (
+    (
+        "a repeated payment has no header",
+        "routes.py",
+        "        return _json(payment, headers=REPLAYED)\n",
+        "        return _json(payment)\n",
+    ),
+    (
+        "a repeated decline has no header",
+        "outcomes.py",
+        "        error.replayed = self.replayed\n",
+        "",
+    ),
+    (
+        "the changed price is not told",
+        "outcomes.py",
+        "        if self.price is not None:\n",
+        "        if False:\n",
+    ),
+    (
+        "every decline is insufficient funds",
+        "outcomes.py",
+        "        error = OUTCOME_ERRORS[self.outcome]()\n",
+        "        error = InsufficientFunds()\n",
+    ),
+    (
+        "an inactive user has the status of an unknown one",
+        "errors.py",
+        '    status, code = 403, "user_inactive"\n',
+        '    status, code = 404, "user_inactive"\n',
+    ),
+    (
+        "a look-up tells a decline as not found",
+        "routes.py",
+        "    if outcome is None:\n",
+        "    if not isinstance(outcome, Debited):\n",
+    ),
+    (
+        "a retry for a removed item is refused",
+        "debit.py",
+        "            if callers_key is None:\n",
+        "            if callers_key:\n",
+    ),
+    (
+        "another debit under the key answers for a removed item",
+        "debit.py",
+        "        if earlier is None or not earlier.is_about(debit):\n",
+        "        if earlier is None:\n",
+    ),
+    (
+        "an item that is not for sale goes to the database",
+        "debit.py",
+        "            if not item.active:\n",
+        "            if False:\n",
+    ),
+    (
+        "the caller's key is not used",
+        "debit.py",
+        "callers_key or str(uuid4())",
+        "str(uuid4())",
+    ),
+    (
+        "the expected price is not passed on",
+        "ledger.py",
+        '            "expected_price_input": sent.debit.expected_price,\n',
+        '            "expected_price_input": None,\n',
+    ),
+)
+
+OF_BATCHES = (
+    (
+        "callers of a batch get each other's outcomes",
+        "group_commit.py",
+        "zip(batch, outcomes, strict=True)",
+        "zip(batch, outcomes[::-1], strict=True)",
+    ),
+)
+
+OF_FAULTS = (
+    (
+        "its own lost response is a replay",
+        "outcomes.py",
+        "    if outcome.replayed and outcome.attempt == sent.attempt:\n",
+        "    if False:\n",
+    ),
+    (
+        "an unknown outcome is told as not charged",
+        "ledger.py",
+        "                if repeats.perhaps_done:\n",
+        "                if False:\n",
+    ),
+    (
+        "an unknown outcome of a batch is told as not charged",
+        "group_commit.py",
+        "            if waiting.is_perhaps_done:\n"
+        "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))\n",
+        "            if False:\n"
+        "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))\n",
+    ),
+    (
+        "a lost response means not charged",
+        "ledger.py",
+        "    if not isinstance(error, APIError):\n        return OutcomeUnknown\n",
+        "    if not isinstance(error, APIError):\n        return LedgerUnavailable\n",
+    ),
+)
+
 MUTANTS = [
-    Mutant(f"service: {name}", f"app/{file}", old, new)
-    for name, file, old, new in (
-        (
-            "a repeated payment has no header",
-            "routes.py",
-            "        return _json(payment, headers=REPLAYED)\n",
-            "        return _json(payment)\n",
-        ),
-        (
-            "a repeated decline has no header",
-            "outcomes.py",
-            "        error.replayed = self.replayed\n",
-            "",
-        ),
-        (
-            "its own lost response is a replay",
-            "outcomes.py",
-            "    if outcome.replayed and outcome.attempt == sent.attempt:\n",
-            "    if False:\n",
-        ),
-        (
-            "the changed price is not told",
-            "outcomes.py",
-            "        if self.price is not None:\n",
-            "        if False:\n",
-        ),
-        (
-            "every decline is insufficient funds",
-            "outcomes.py",
-            "        error = OUTCOME_ERRORS[self.outcome]()\n",
-            "        error = InsufficientFunds()\n",
-        ),
-        (
-            "an inactive user has the status of an unknown one",
-            "errors.py",
-            '    status, code = 403, "user_inactive"\n',
-            '    status, code = 404, "user_inactive"\n',
-        ),
-        (
-            "a look-up tells a decline as not found",
-            "routes.py",
-            "    if outcome is None:\n",
-            "    if not isinstance(outcome, Debited):\n",
-        ),
-        (
-            "a retry for a removed item is refused",
-            "debit.py",
-            "            if callers_key is None:\n",
-            "            if callers_key:\n",
-        ),
-        (
-            "another debit under the key answers for a removed item",
-            "debit.py",
-            "        if earlier is None or not earlier.is_about(debit):\n",
-            "        if earlier is None:\n",
-        ),
-        (
-            "an item that is not for sale goes to the database",
-            "debit.py",
-            "            if not item.active:\n",
-            "            if False:\n",
-        ),
-        (
-            "the caller's key is not used",
-            "debit.py",
-            "callers_key or str(uuid4())",
-            "str(uuid4())",
-        ),
-        (
-            "the expected price is not passed on",
-            "ledger.py",
-            '            "expected_price_input": sent.debit.expected_price,\n',
-            '            "expected_price_input": None,\n',
-        ),
-        (
-            "callers of a batch get each other's outcomes",
-            "group_commit.py",
-            "zip(batch, outcomes, strict=True)",
-            "zip(batch, outcomes[::-1], strict=True)",
-        ),
-        (
-            "an unknown outcome is told as not charged",
-            "ledger.py",
-            "                if repeats.perhaps_done:\n",
-            "                if False:\n",
-        ),
-        (
-            "an unknown outcome of a batch is told as not charged",
-            "group_commit.py",
-            "            if waiting.is_perhaps_done:\n"
-            "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))\n",
-            "            if False:\n"
-            "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))\n",
-        ),
-        (
-            "a lost response means not charged",
-            "ledger.py",
-            "    if not isinstance(error, APIError):\n        return OutcomeUnknown\n",
-            "    if not isinstance(error, APIError):\n        return LedgerUnavailable\n",
-        ),
+    Mutant(f"service: {name}", f"app/{file}", old, new, found_by)
+    for found_by, mutants in (
+        ("test_sequential.py", OF_ANSWERS),
+        ("test_concurrent.py", OF_BATCHES),
+        ("test_faulty_gateway.py", OF_FAULTS),
     )
+    for name, file, old, new in mutants
 ]

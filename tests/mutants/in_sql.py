@@ -161,7 +161,7 @@ OF_BATCHES = (
 )
 
 MUTANTS = [
-    Mutant(f"{where}: {name}", DEBIT_SQL, old, new)
+    Mutant(f"{where}: {name}", DEBIT_SQL, old, new, "test_batches.py")
     for where, mutants in (("rules", OF_RULES), ("look-up", OF_LOOKUPS), ("batch", OF_BATCHES))
     for name, old, new in mutants
 ]

@@ -18,6 +18,7 @@ class Mutant:
     file: str
     old: str
     new: str
+    found_by: str  # the file with the tests that are tried first
 
     def apply(self, root: Path) -> tuple[Path, str]:
         """Change the file in a copy of the project; return it with its former text.

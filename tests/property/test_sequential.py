@@ -33,6 +33,7 @@ LEAST = {
     "debit replays user_inactive": 3,
     "debit replays price_changed": 10,
     "debit replays insufficient_funds": 5,
+    "replay of a removed item": 20,
     "lookup tells nothing": 150,
     "lookup tells debited": 60,
     "lookup tells user_inactive": 10,
@@ -65,7 +66,17 @@ class Requests(History):
             if debit := self.earlier(earlier):
                 self.ask(debit.user_id, debit.key)
                 self.ask(self.users[other_user], debit.key)
+                if change.is_about_latest:
+                    self.repeat_without_item(debit)
             self.change(change)
+
+    def repeat_without_item(self, debit: Debit) -> None:
+        """Repeat a debit while its item is removed: the answer is still that of the first time."""
+        item = self.oracle.items.get(debit.item_id)
+        if item and item.is_active:
+            self.switch_item(debit.item_id, is_active=False)
+            self.post(debit)
+            self.switch_item(debit.item_id, is_active=True)
 
     def post(self, debit: Debit) -> None:
         body: Body = {"user_id": debit.user_id, "item_id": str(debit.item_id)}
@@ -76,6 +87,8 @@ class Requests(History):
 
         answer, replayed = self.oracle.post(debit)
         self.count(answer, by="debit", replayed=replayed)
+        item = self.oracle.items.get(debit.item_id)
+        self.happened["replay of a removed item"] += replayed and not (item and item.is_active)
         assert response.status_code == STATUSES[answer.code]
         assert response.headers.get("idempotent-replayed") == ("true" if replayed else None)
         told = read(response)
