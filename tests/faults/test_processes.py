@@ -90,8 +90,8 @@ class BusyClient(threading.Thread):
         while True:
             try:
                 connection.connect()
-            except ConnectionRefusedError:
-                return
+            except OSError:
+                return  # no request was sent
             while connection.sock is not None:
                 try:
                     connection.request("POST", "/payments/debit", self._body, JSON)

@@ -48,11 +48,14 @@ def test_the_keys_are_asked_for_once(service: httpx.Client, issuer: Issuer) -> N
 
 def test_unknown_keys_cause_one_refresh_and_no_storm(service: httpx.Client, issuer: Issuer) -> None:
     assert code(ask(service, make_token())) == LET_IN
+    started = time.monotonic()
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda _: ask(service, make_token("unknown")), range(40)))
     assert {(answer.status_code, code(answer)) for answer in answers} == {(401, "unauthenticated")}
     assert "does not publish" in answers[0].json()["detail"]
-    assert issuer.calls == 2
+    assert (
+        2 <= issuer.calls <= 2 + int(time.monotonic() - started)
+    )  # on a slow machine one a second
 
 
 def test_made_up_keys_wait_for_one_refresh_a_second(service: httpx.Client, issuer: Issuer) -> None:
