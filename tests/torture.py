@@ -448,7 +448,8 @@ class Service:
         self._start()
 
     def kill_and_start(self) -> None:
-        self._stack.close()  # with SIGKILL
+        self._process.kill()
+        self._stack.close()
         self._start()
 
     def _start(self) -> None:
