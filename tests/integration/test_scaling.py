@@ -27,7 +27,6 @@ from devstack.server_account import server_account
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 USER, OTHER_USER, POOR_USER = 1, 2, 3
 # Which SQL of the document: the second under "By user", and all under "By time".
-KEPT_PLANS = 1
 BY_TIME, NEXT_YEAR, LATE_YEAR, CHECK_BEFORE, DROP_CHECK = range(5)
 
 Start = Callable[..., httpx.Client]
@@ -198,13 +197,6 @@ def test_a_ledger_partitioned_by_user_may_be_migrated_again(ledger: Ledger) -> N
     apply_migrations(ledger.url)
     assert ledger.debit("after")["outcome"] == "debited"
     assert ledger.database.audit() == []
-
-
-def test_debits_go_on_in_a_ledger_by_user_whose_plans_are_kept(ledger: Ledger) -> None:
-    ledger.owner.execute(statements("By user"))
-    ledger.spend("before")
-    ledger.owner.execute(statements("By user", KEPT_PLANS))
-    ledger.spend("after")
 
 
 def by_time(number: int) -> str:
