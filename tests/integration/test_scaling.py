@@ -12,6 +12,7 @@ from uuid import uuid4
 import httpx
 import psycopg
 import pytest
+from client import post_debit
 from database import Database, create_database
 from postgrest.exceptions import APIError
 from psycopg import errors
@@ -332,13 +333,10 @@ def test_users_move_to_another_database_with_their_keys_and_declines(
 def test_two_services_charge_once_under_one_key(start_service: Start, database: Database) -> None:
     services = [start_service(), start_service()]
     user_id, item_id = database.add_user(5000), database.add_item(350)
-    debit = {"user_id": user_id, "item_id": str(item_id)}
 
     def post(number: int) -> httpx.Response:
         key = f"purchase-{number // 2}"  # each goes to both services
-        return services[number % 2].post(
-            "/payments/debit", json=debit, headers={"Idempotency-Key": key}
-        )
+        return post_debit(services[number % 2], user_id, item_id, key)
 
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(post, range(20)))
