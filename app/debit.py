@@ -20,6 +20,7 @@ from app.ledger import Ledger
 from app.outcomes import Debited, KeyedDebit, Outcome
 from app.products import Products
 from app.schemas import DebitRequest
+from app.user_limits import UserLimit, UserTurns
 
 
 class Debits:
@@ -40,6 +41,8 @@ class Debits:
         self._waiting_max = waiting_max
         self._timeout_seconds = timeout_seconds
         self._waiting = 0
+        self._debits_of_users = UserLimit()
+        self._lookup_turns = UserTurns()
         metrics.WAITING.set_function(lambda: self._waiting)
         metrics.WAITING_MAX.set(waiting_max)
 
@@ -63,7 +66,7 @@ class Debits:
             raise Overloaded
         self._waiting += 1
         try:
-            with self._telling_how_long_to_wait():
+            with self._debits_of_users.waiting(debit.user_id), self._telling_how_long_to_wait():
                 return await self._debit(debit, callers_key, deadline, token)
         finally:
             self._waiting -= 1
@@ -75,6 +78,10 @@ class Debits:
             LedgerUnavailable: it could not be looked up.
         """
         with self._telling_how_long_to_wait():
+            return await self._find(user_id, key, deadline)
+
+    async def _find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
+        async with self._lookup_turns.turn(user_id, deadline):
             return await self._ledger.find(user_id, key, deadline)
 
     @contextmanager
@@ -104,7 +111,7 @@ class Debits:
         self, debit: DebitRequest, key: str, deadline: float, refusal: PaymentError
     ) -> Outcome:
         """Find what a retry was answered the first time, although the item is refused now."""
-        earlier = await self._ledger.find(debit.user_id, key, deadline)
+        earlier = await self._find(debit.user_id, key, deadline)
         if earlier is None or not earlier.is_about(debit):
             raise refusal
         return earlier

@@ -167,7 +167,10 @@ class LedgerUnavailable(PaymentError):
 class Overloaded(PaymentError):
     status, code, headers = 503, "overloaded", RETRY_AFTER
     title = "Too many debits are waiting"
-    meaning = "More debits are waiting, or more connections are open, than the service allows."
+    meaning = (
+        "More debits, or more of this user, are waiting or more connections are open than the "
+        "service allows."
+    )
     advice = "Try again after the time in Retry-After."
 
 
