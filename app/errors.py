@@ -69,7 +69,10 @@ class UnsupportedEncoding(PaymentError):
 class HeadersTooLarge(PaymentError):
     status, code = 431, "headers_too_large"
     title = "Headers too large"
-    meaning = "The request line and the headers are over 64 KiB."
+    meaning = (
+        "The request line and the headers are over 64 KiB, or there are more than 100 headers or "
+        "more than 1,000 percent-encoded characters in the address."
+    )
     advice = "Send fewer and shorter headers."
 
 
