@@ -22,6 +22,7 @@ from app.ledger import Ledger
 from app.outcomes import Debited, KeyedDebit, Outcome, is_of
 from app.products import Products
 from app.schemas import DebitRequest
+from app.user_limits import UserLimit, UserTurns
 
 
 class Debits:
@@ -42,6 +43,8 @@ class Debits:
         self._waiting_max = waiting_max
         self._timeout_seconds = timeout_seconds
         self._waiting = 0
+        self._debits_of_users = UserLimit()
+        self._lookup_turns = UserTurns()
         metrics.WAITING.set_function(lambda: self._waiting)
         metrics.WAITING_MAX.set(waiting_max)
 
@@ -65,7 +68,7 @@ class Debits:
             raise Overloaded
         self._waiting += 1
         try:
-            with self._telling_how_long_to_wait():
+            with self._debits_of_users.waiting(debit.user_id), self._telling_how_long_to_wait():
                 return await self._debit(debit, callers_key, deadline, caller)
         finally:
             self._waiting -= 1
@@ -80,10 +83,14 @@ class Debits:
             IdempotencyKeyReused: the key was used by another actor.
         """
         with self._telling_how_long_to_wait():
-            outcome = await self._ledger.find(user_id, key, deadline)
+            outcome = await self._find(user_id, key, deadline)
         if outcome is not None and not is_of(outcome, _actor(caller)):
             raise IdempotencyKeyReused
         return outcome
+
+    async def _find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
+        async with self._lookup_turns.turn(user_id, deadline):
+            return await self._ledger.find(user_id, key, deadline)
 
     @contextmanager
     def _telling_how_long_to_wait(self) -> Iterator[None]:
@@ -119,7 +126,7 @@ class Debits:
         self, sent: KeyedDebit, deadline: float, refusal: PaymentError
     ) -> Outcome:
         """Find what a retry was answered the first time, although the item is refused now."""
-        earlier = await self._ledger.find(sent.debit.user_id, sent.key, deadline)
+        earlier = await self._find(sent.debit.user_id, sent.key, deadline)
         if earlier is None or not earlier.is_about(sent.debit) or not is_of(earlier, sent.actor):
             raise refusal
         return earlier

@@ -177,7 +177,9 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
                     httpx_client=ledger_client, auto_refresh_token=False, persist_session=False
                 ),
             )
-        products = Products(products_client, settings.products_cache_seconds)
+        products = Products(
+            products_client, settings.products_cache_seconds, settings.products_service_token
+        )
         stack.push_async_callback(products.close)
         ledger = Ledger(supabase, pause, call_timeout_seconds=app.call_timeout_seconds)
         debits = Debits(
@@ -213,6 +215,11 @@ async def _open_authentication(stack: AsyncExitStack, settings: Settings) -> Aut
     ):
         if getattr(settings, name) is None:
             logger.warning("%s is not set: %s may charge anybody", name.upper(), who)
+    if settings.products_service_token is None:
+        logger.warning(
+            "callers' tokens are passed on to the products service, which may charge anybody with "
+            "them; PRODUCTS_SERVICE_TOKEN keeps them here"
+        )
     client = await stack.enter_async_context(
         http_client(
             "AUTH_JWKS_URL",

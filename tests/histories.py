@@ -103,7 +103,7 @@ class History:
                 debit = replace(debit, key=wish.key)
             case "repeated" if earlier:
                 debit = earlier
-            case "reused" if earlier and actor != earlier.actor:
+            case "reused" if earlier and None not in (actor, earlier.actor):
                 debit = replace(earlier, actor=actor)
             case "reused" if earlier and wish.knows_price:
                 debit = replace(earlier, item_id=item_id)
