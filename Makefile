@@ -10,7 +10,7 @@ IMAGE := .venv-image/installed
 BASE_IMAGE := python:3.11-slim
 
 .DEFAULT_GOAL := help
-.PHONY: help run test mutants simulate torture bench audit check-database lint types check manifests policies
+.PHONY: help run test mutants simulate torture attack bench audit check-database lint types check manifests policies
 .PHONY: lock pin-image vulnerabilities sbom licences clean
 
 help: ## Show this list
@@ -30,6 +30,9 @@ simulate: $(INSTALLED) ## Run the service on a virtual clock with faults; ARGS="
 
 torture: $(INSTALLED) ## Ten minutes of load with faults; ARGS="--minutes 1 --seed 7"
 	@PYTHONPATH=.:tests $(BIN)/python tests/torture.py $(ARGS)
+
+attack: $(INSTALLED) ## Ten minutes of attacks on the protocol, and the service's memory; ARGS="--minutes 1"
+	@PYTHONPATH=.:tests $(BIN)/python -m security.attack $(ARGS)
 
 bench: $(INSTALLED) ## Measure the service beside its peers with wrk; ARGS="--seconds 2"
 	@$(BIN)/python -m bench $(ARGS)
