@@ -849,6 +849,8 @@ comment on function public.audit_ledger is
 'Users whose entries or balance do not add up, and, with a null user, objects of others that reach '
 'past the rules; no rows if all is well.';
 
+revoke all on type ledger.debit_request, ledger.entry
+from public, anon, authenticated, service_role;
 revoke all on function
 ledger.find_outcome(bigint, text),
 ledger.write_entries(ledger.entry[]),
