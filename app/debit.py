@@ -22,7 +22,7 @@ from app.ledger import Ledger
 from app.outcomes import Debited, KeyedDebit, Outcome, is_of
 from app.products import Products
 from app.schemas import DebitRequest
-from app.user_limits import UserLimit, UserTurns
+from app.user_limits import UserTurns
 
 
 class Debits:
@@ -43,7 +43,6 @@ class Debits:
         self._waiting_max = waiting_max
         self._timeout_seconds = timeout_seconds
         self._waiting = 0
-        self._debits_of_users = UserLimit()
         self._lookup_turns = UserTurns()
         metrics.WAITING.set_function(lambda: self._waiting)
         metrics.WAITING_MAX.set(waiting_max)
@@ -68,7 +67,7 @@ class Debits:
             raise Overloaded
         self._waiting += 1
         try:
-            with self._debits_of_users.waiting(debit.user_id), self._telling_how_long_to_wait():
+            with self._telling_how_long_to_wait():
                 return await self._debit(debit, callers_key, deadline, caller)
         finally:
             self._waiting -= 1

@@ -127,17 +127,7 @@ class Ledger:
         Raises:
             PaymentError: the ledger failed; the class says what that means for all of them.
         """
-        debits: list[JSON] = [
-            {
-                "user_id": debit.user_id,
-                "item_id": str(debit.item_id),
-                "idempotency_key": key,
-                "expected_price": debit.expected_price,
-                "attempt": str(attempt),
-                "actor": actor,
-            }
-            for debit, key, attempt, actor in sent
-        ]
+        debits: list[JSON] = [write_debit(debit) for debit in sent]
         metrics.BATCH_SIZE.observe(len(sent))
         return await self._call(
             "debit_use_batch",
@@ -277,6 +267,23 @@ def classify_failure(error: Exception) -> type[PaymentError]:
     if code.startswith(NOT_DONE_CODES):
         return LedgerUnavailable
     return LedgerRejected
+
+
+def write_debit(sent: KeyedDebit) -> JSON:
+    """Write a debit of a batch; what is null is left out, so that a request holds more of them."""
+    debit = sent.debit
+    written: dict[str, JSON] = {
+        "user_id": debit.user_id,
+        "item_id": str(debit.item_id),
+        "attempt": str(sent.attempt),
+    }
+    if not sent.has_generated_key:
+        written["idempotency_key"] = sent.key
+    if debit.expected_price is not None:
+        written["expected_price"] = debit.expected_price
+    if sent.actor is not None:
+        written["actor"] = sent.actor
+    return written
 
 
 def _read_count(answer: object) -> int:

@@ -43,6 +43,11 @@ class KeyedDebit(NamedTuple):
     attempt: UUID
     actor: str | None = None
 
+    @property
+    def has_generated_key(self) -> bool:
+        """Tell whether the key is the attempt's id, which the ledger takes if it gets no key."""
+        return self.key == str(self.attempt)
+
 
 class Debited(Payment):
     """The user was charged; what callers do not see of it is left out of the answer."""

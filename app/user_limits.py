@@ -2,8 +2,8 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from weakref import WeakValueDictionary
 
 from app.errors import LedgerUnavailable, Overloaded
@@ -18,9 +18,8 @@ class UserLimit:
     def __init__(self) -> None:
         self._waiting: Counter[int] = Counter()
 
-    @contextmanager
-    def waiting(self, user_id: int) -> Iterator[None]:
-        """Count a debit of a user for as long as the block runs.
+    def enter(self, user_id: int) -> None:
+        """Count a debit of a user.
 
         Raises:
             Overloaded: as many of this user as are allowed wait already.
@@ -28,12 +27,12 @@ class UserLimit:
         if self._waiting[user_id] >= WAITING_OF_USER_MAX:
             raise Overloaded(f"{WAITING_OF_USER_MAX} debits of this user are waiting already")
         self._waiting[user_id] += 1
-        try:
-            yield
-        finally:
-            self._waiting[user_id] -= 1
-            if not self._waiting[user_id]:
-                del self._waiting[user_id]
+
+    def leave(self, user_id: int) -> None:
+        """Stop counting a debit of a user."""
+        self._waiting[user_id] -= 1
+        if not self._waiting[user_id]:
+            del self._waiting[user_id]
 
 
 class UserTurns:

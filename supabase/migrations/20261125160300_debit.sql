@@ -17,7 +17,8 @@
 --
 -- Declines are returned, not raised: an exception would roll back the stored decline.
 -- attempt is an id that the service makes for each request. It becomes the id of the entry, so the
--- service can tell a replay of its own lost response from that of an earlier request.
+-- service can tell a replay of its own lost response from that of an earlier request. It is also
+-- the key of a debit that comes without one.
 -- actor is who asks, if the service knows. The keys of two tills can collide, so a key that another
 -- actor used is reused, not replayed.
 -- Exceptions are for failures: a balance that differs from the user's last entry (after a restore,
@@ -176,7 +177,13 @@ begin
   for debit in
     -- With its limit, each subquery is a look-up by index, whatever the planner knows of the table.
     select
-      request.*,
+      request.user_id,
+      request.item_id,
+      coalesce(request.idempotency_key, request.attempt::text) as idempotency_key,
+      request.expected_price,
+      request.attempt,
+      request.actor,
+      request.place,
       buyer.card_id as locked_user,
       buyer.active as user_is_active,
       buyer.balance,
@@ -207,10 +214,12 @@ begin
     ) as item on true
     left join lateral (
       select true as is_known_key from public."Transaction_History"
-      where user_id = request.user_id and idempotency_key = request.idempotency_key
+      where user_id = request.user_id
+        and idempotency_key = coalesce(request.idempotency_key, request.attempt::text)
       union all
       select true from ledger.declines
-      where user_id = request.user_id and idempotency_key = request.idempotency_key
+      where user_id = request.user_id
+        and idempotency_key = coalesce(request.idempotency_key, request.attempt::text)
       limit 1
     ) as stored on true
     order by request.user_id, request.place
@@ -315,7 +324,7 @@ begin
     )
     select
       (debits[place]).user_id,
-      (debits[place]).idempotency_key,
+      coalesce((debits[place]).idempotency_key, (debits[place]).attempt::text),
       answers[place] ->> 'outcome',
       (debits[place]).item_id,
       (debits[place]).expected_price,
@@ -448,8 +457,8 @@ as $$
   select ledger.find_outcome(user_id_input, idempotency_key_input)
 $$;
 
--- A key that the service generated is the id of its attempt. Its caller does not know it, and no
--- call is under way for a day, so nobody can ask for the outcome any more.
+-- The callers of debits without a key do not know the attempt's id, which is their key, and no call
+-- is under way for a day: nobody asks for these declines any more.
 create or replace function public.remove_generated_declines(rows_max integer) returns integer
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp

@@ -21,6 +21,8 @@ from servers import service_process
 from app.user_limits import WAITING_OF_USER_MAX
 
 CONNECTIONS = 1300
+REFUSED = CONNECTIONS - WAITING_OF_USER_MAX - 1  # at least: one is in flight, the others wait
+
 OTHERS = 19
 LOOKUPS = 60
 OPEN_FILES = CONNECTIONS + OTHERS + 300
@@ -88,9 +90,7 @@ def test_others_are_charged_while_1300_debits_of_one_user_are_sent(
             others_callers = await connect(stack, service_url, OTHERS)
             with locked(migrated_port, hot):
                 sent = [asyncio.create_task(caller.debit(hot, item_id)) for caller in callers]
-                refused = itertools.islice(
-                    asyncio.as_completed(sent), CONNECTIONS - WAITING_OF_USER_MAX
-                )
+                refused = itertools.islice(asyncio.as_completed(sent), REFUSED)
                 for answer in refused:
                     assert await answer == (503, "overloaded")
                 told = [
@@ -101,7 +101,7 @@ def test_others_are_charged_while_1300_debits_of_one_user_are_sent(
 
     answers, told = asyncio.run(attack())
     assert told == [(200, "charged")] * OTHERS
-    assert answers[503, "overloaded"] == CONNECTIONS - WAITING_OF_USER_MAX
+    assert REFUSED <= answers[503, "overloaded"] <= REFUSED + 1
 
 
 class HeldLookups(FaultyGateway):
