@@ -3,8 +3,8 @@
 import socket
 from collections.abc import Callable
 
-from client import connect
-from servers import SocketServer, http_answer
+from relay import Relay
+from servers import http_answer
 
 PROXY_PAGE = http_answer("502 Bad Gateway", b"<html>Bad Gateway</html>", "text/html")
 
@@ -43,25 +43,20 @@ FAULTS: dict[str, tuple[bool, bytes | str]] = {
 }
 
 
-class FaultyGateway(SocketServer):
+class FaultyGateway(Relay):
     """Asks `choose` for the fault of each call of debits; None lets it through unharmed."""
 
     def __init__(self, gateway_url: str, choose: Callable[[], str | None]) -> None:
-        super().__init__(self._relay)
+        super().__init__(gateway_url, self._relay)
         self._choose = choose
         self.faulty_calls = b"/rpc/debit_use"  # also those of batches
-        self._client = connect(gateway_url)
-
-    def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
-        self._client.close()
 
     def _relay(self, connection: socket.socket, request: bytes) -> None:
         if not request:
             return  # a connection that was only opened
         fault = self._choose() if self.faulty_calls in request else None
         passed_on, sent = FAULTS[fault] if fault else (True, "whole")
-        answer = self._pass_on(request) if passed_on else b""
+        answer = self.pass_on(request) if passed_on else b""
         match sent:
             case "whole":
                 connection.sendall(answer)
@@ -72,15 +67,3 @@ class FaultyGateway(SocketServer):
                 connection.recv(1)  # until the other side has had enough
             case bytes():
                 connection.sendall(sent)
-
-    def _pass_on(self, request: bytes) -> bytes:
-        head, _, body = request.partition(b"\r\n\r\n")
-        first, *lines = head.decode().split("\r\n")
-        headers = dict(line.split(": ", 1) for line in lines)
-        kept = {"apikey", "authorization", "content-type"}
-        response = self._client.post(
-            first.split(" ")[1],
-            content=body,
-            headers={name: value for name, value in headers.items() if name.lower() in kept},
-        )
-        return http_answer(f"{response.status_code} X", response.content)

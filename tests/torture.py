@@ -23,10 +23,12 @@ from uuid import UUID, uuid4
 
 import httpx
 import psycopg
+from client import connect
 from database import Database
 from faulty_gateway import FAULTS, FaultyGateway
 from issuer import AUDIENCE, ISSUER, ROLE, Issuer, make_token
-from servers import SocketServer, await_ready, free_port, http_answer, served, service_process
+from relay import Relay
+from servers import await_ready, free_port, served, service_process
 
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
@@ -116,7 +118,7 @@ class Torture:
         self._deeds = deeds
         self.say = say
         self.chaos_pause_seconds = chaos_pause_seconds
-        self.ends = time.monotonic() + seconds
+        self._seconds = seconds
         self.seen: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.purchases: list[Purchase] = []
@@ -127,7 +129,9 @@ class Torture:
         self._losing = False
         self._stopping = False
 
-    def run(self) -> None:
+    def run(self, has_seen_enough: Callable[[], bool] = lambda: True) -> None:
+        """Go on for the time given, on a busy machine up to twice as long to see enough."""
+        self._has_seen_enough = has_seen_enough
         with ExitStack() as stack:
             folder = stack.enter_context(temporary_folder())
             self.directory, self.port = folder / "postgres", free_port()
@@ -155,6 +159,7 @@ class Torture:
             self.items = [database.add_item(50 * n) for n in range(ITEMS)]
 
     def _load(self) -> None:
+        self._started = time.monotonic()
         with ThreadPoolExecutor(CLIENTS + 3) as threads:
             running = [threads.submit(self._buy, number) for number in range(CLIENTS)]
             running += [threads.submit(self._chaos), threads.submit(self._outside_writes)]
@@ -162,13 +167,19 @@ class Torture:
             for thread in running:
                 thread.result()
 
+    def _is_over(self) -> bool:
+        took_seconds = time.monotonic() - self._started
+        if took_seconds < self._seconds:
+            return False
+        return took_seconds > 2 * self._seconds or self._has_seen_enough()
+
     def _buy(self, number: int) -> None:
         dice = random.Random(f"{self.seed} client {number}")
         earlier: list[Purchase] = []
-        while time.monotonic() < self.ends:
+        while not self._is_over():
             with self._client() as client:
                 for _ in range(20):
-                    if time.monotonic() >= self.ends:
+                    if self._is_over():
                         return
                     self._buy_once(client, dice, earlier)
 
@@ -219,7 +230,7 @@ class Torture:
     def _outside_writes(self) -> None:
         """What other services do: top up, withdraw items, change prices and back."""
         dice = random.Random(f"{self.seed} outside")
-        while time.monotonic() < self.ends:
+        while not self._is_over():
             user_id = dice.choice(self.hot + self.cold)
             item_id = dice.choice(self.items)
             statements = [
@@ -253,8 +264,10 @@ class Torture:
         deeds = {name: deeds[name] for name in self._deeds or deeds}
         waiting = list(deeds)
         dice.shuffle(waiting)
-        while time.monotonic() + self.chaos_pause_seconds < self.ends:
+        while True:
             time.sleep(self.chaos_pause_seconds)
+            if self._is_over():
+                return
             deed = waiting.pop() if waiting else dice.choice(list(deeds))
             deeds[deed]()
             self.faults[deed] += 1
@@ -368,9 +381,9 @@ class Torture:
 
     def _client(self) -> httpx.Client:
         token = make_token(exp=int(time.time()) + 3600)
-        return httpx.Client(
-            base_url=self.service.url, timeout=30, headers={"Authorization": f"Bearer {token}"}
-        )
+        client = connect(self.service.url)
+        client.headers["Authorization"] = f"Bearer {token}"
+        return client
 
     @contextmanager
     def _database(self) -> Iterator[Database]:
@@ -378,9 +391,10 @@ class Torture:
             yield Database(connection)
 
     def _report(self) -> None:
-        while (left := self.ends - time.monotonic()) > 0:
+        while not self._is_over():
+            left = max(self._started + self._seconds - time.monotonic(), 0)
             self.say(f"{left:5.0f} s left, {self.seen['requests']} requests, {self._found()}")
-            time.sleep(min(10, left))
+            time.sleep(min(10, left + 0.1))
 
     def _count(self, code: str, by: int = 1) -> None:
         with self._lock:
@@ -404,12 +418,11 @@ def without_request_id(answer: httpx.Response) -> tuple[int, dict[str, object]]:
     return answer.status_code, body
 
 
-class SilentProxy(SocketServer):
+class SilentProxy(Relay):
     """Passes requests for items on, unless it is silent."""
 
     def __init__(self, url: str) -> None:
-        super().__init__(self._relay)
-        self._url = url
+        super().__init__(url, self._relay)
         self.is_silent = False
 
     def _relay(self, connection: socket.socket, request: bytes) -> None:
@@ -419,8 +432,7 @@ class SilentProxy(SocketServer):
             connection.settimeout(30)
             connection.recv(1)  # until the other side gives up
             return
-        response = httpx.get(self._url + request.split(b" ")[1].decode(), timeout=10)
-        connection.sendall(http_answer(f"{response.status_code} X", response.content))
+        connection.sendall(self.pass_on(request))
 
 
 class Service:

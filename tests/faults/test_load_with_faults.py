@@ -19,10 +19,16 @@ DEEDS = (
 
 def test_under_load_and_faults_nothing_is_lost_or_doubled() -> None:
     torture = Torture(SEED, SECONDS, say=print, chaos_pause_seconds=1.5, deeds=DEEDS)
-    torture.run()
+
+    def has_seen_enough() -> bool:
+        return (
+            torture.seen["charged"] > 500
+            and torture.seen["replays"] > 50
+            and len([fault for fault in FAULTS if torture.faults[fault]]) > len(FAULTS) / 2
+            and all(torture.faults[deed] for deed in DEEDS)
+        )
+
+    torture.run(has_seen_enough)
     assert torture.violations == []
-    assert torture.seen["charged"] > 500
-    assert torture.seen["replays"] > 50
+    assert has_seen_enough(), (torture.seen, torture.faults)
     assert torture.seen["unknowns settled"] > 0
-    assert len([fault for fault in FAULTS if torture.faults[fault]]) > len(FAULTS) / 2
-    assert all(torture.faults[deed] for deed in DEEDS)

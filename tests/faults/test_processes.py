@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from uuid import UUID
@@ -16,8 +18,10 @@ from uuid import UUID
 import httpx
 import psycopg
 import pytest
+from client import ask_outcome, connect, post_debit
 from database import Database, locked
 from servers import await_true, free_port, make_settings, served, service_process
+from timing import assert_below, repeated_if_too_slow
 
 from app.main import PaymentService
 from app.settings import Settings
@@ -28,15 +32,6 @@ from devstack.products import create_products
 from devstack.server_account import PostgresFailed, temporary_folder
 
 Start = Callable[..., httpx.Client]
-
-
-def post_debit(url: str, user_id: int, item_id: UUID, key: str) -> httpx.Response:
-    return httpx.post(
-        f"{url}/payments/debit",
-        json={"user_id": user_id, "item_id": str(item_id)},
-        headers={"Idempotency-Key": key},
-        timeout=30,
-    )
 
 
 def await_waiting(database: Database, debits: int) -> None:
@@ -52,11 +47,12 @@ def test_sigterm_lets_debits_under_way_finish_and_be_answered(
     users, item_id = [database.add_user(5000), database.add_user(5000)], database.add_item(350)
     with (
         service_process(gateway_url, products_url) as (process, url),
+        connect(url) as service,
         ThreadPoolExecutor() as clients,
     ):
         with locked(migrated_port, *users):
             answers = [
-                clients.submit(post_debit, url, user_id, item_id, "key") for user_id in users
+                clients.submit(post_debit, service, user_id, item_id, "key") for user_id in users
             ]
             await_waiting(database, 2)
             for _ in range(signals):
@@ -111,9 +107,11 @@ def test_sigterm_breaks_no_connection_of_clients_that_pay_without_pause(
     gateway_url: str, products_url: str, database: Database
 ) -> None:
     item_id = database.add_item(1)
-    for _ in range(8):
-        users = [database.add_user(100_000) for _ in range(30)]
-        with service_process(gateway_url, products_url, LOG_LEVEL="ERROR") as (process, url):
+    start = partial(service_process, gateway_url, products_url, LOG_LEVEL="ERROR")
+    with ExitStack() as stack, ThreadPoolExecutor(8) as threads:
+        starting = [threads.submit(stack.enter_context, start()) for _ in range(8)]
+        for process, url in [one.result() for one in starting]:
+            users = [database.add_user(100_000) for _ in range(30)]
             clients = [BusyClient(url, user_id, item_id) for user_id in users]
             for client in clients:
                 client.start()
@@ -122,10 +120,10 @@ def test_sigterm_breaks_no_connection_of_clients_that_pay_without_pause(
             for client in clients:
                 client.join()
             assert process.wait(20) in (0, 143, -signal.SIGTERM)
-        assert [client.broken for client in clients] == [[]] * 30
-        assert [client.paid for client in clients] == [
-            len(database.debits(user_id)) for user_id in users
-        ]
+            assert [client.broken for client in clients] == [[]] * 30
+            assert [client.paid for client in clients] == [
+                len(database.debits(user_id)) for user_id in users
+            ]
 
 
 def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(
@@ -136,14 +134,15 @@ def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(
         with (
             locked(migrated_port, user_id),
             service_process(gateway_url, products_url) as (process, url),
+            connect(url) as service,
         ):
-            lost = clients.submit(post_debit, url, user_id, item_id, "key")
+            lost = clients.submit(post_debit, service, user_id, item_id, "key")
             await_waiting(database, 1)
             process.kill()
             with pytest.raises(httpx.TransportError):
                 lost.result()
-        with service_process(gateway_url, products_url) as (_, url):
-            answers = [post_debit(url, user_id, item_id, "key") for _ in range(2)]
+        with service_process(gateway_url, products_url) as (_, url), connect(url) as service:
+            answers = [post_debit(service, user_id, item_id, "key") for _ in range(2)]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert answers[0].json() == answers[1].json()
     assert database.debits(user_id) == [350]
@@ -155,7 +154,7 @@ def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
     settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
-    with served(PaymentService(settings)) as url:
+    with served(PaymentService(settings)) as url, connect(url) as service:
         port = int(url.rsplit(":", 1)[1])
         with (
             locked(migrated_port, user_id),
@@ -168,36 +167,35 @@ def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
                 f"{body}".encode()
             )
             await_waiting(database, 1)
-        query = {"user_id": str(user_id), "idempotency_key": "key"}
         await_true(lambda: database.debits(user_id))
-        asked = httpx.get(f"{url}/payments/outcome", params=query)
-        again = post_debit(url, user_id, item_id, "key")
+        asked = ask_outcome(service, user_id, "key")
+        again = post_debit(service, user_id, item_id, "key")
     assert asked.json() == again.json()
     assert again.headers["idempotent-replayed"] == "true"
     assert database.debits(user_id) == [350]
 
 
 @pytest.mark.alone
+@repeated_if_too_slow
 def test_more_debits_than_may_wait_are_refused_at_once(
     start_service: Start, migrated_port: int, database: Database
 ) -> None:
     users, item_id = [database.add_user(5000) for _ in range(4)], database.add_item(350)
     service = start_service(debits_waiting_max=3)
-    url = str(service.base_url).rstrip("/")
     with ThreadPoolExecutor() as clients:
         with locked(migrated_port, *users):
             waiting = [
-                clients.submit(post_debit, url, user_id, item_id, "key") for user_id in users[:3]
+                clients.submit(post_debit, service, user, item_id, "key") for user in users[:3]
             ]
             await_waiting(database, 3)
             started = time.monotonic()
-            refused = post_debit(url, users[3], item_id, "key")
+            refused = post_debit(service, users[3], item_id, "key")
             took_seconds = time.monotonic() - started
         assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
         assert refused.headers["retry-after"] == "1"
-        assert took_seconds < 0.5
+        assert_below(took_seconds, 0.5)
         assert [answer.result().status_code for answer in waiting] == [200] * 3
-    assert post_debit(url, users[3], item_id, "key").status_code == 200
+    assert post_debit(service, users[3], item_id, "key").status_code == 200
     assert [database.debits(user_id) for user_id in users] == [[350]] * 4
 
 
@@ -210,23 +208,27 @@ def test_an_exhausted_pool_of_the_gateway_loses_nothing(
     )
     with served(gateway) as gateway_url, ThreadPoolExecutor(12) as clients:
         settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
-        with served(PaymentService(settings)) as url:
+        with served(PaymentService(settings)) as url, connect(url) as service:
             with locked(migrated_port, users[0]):
                 answers = [
-                    clients.submit(post_debit, url, user_id, item_id, "key") for user_id in users
+                    clients.submit(post_debit, service, user, item_id, "key") for user in users
                 ]
                 await_waiting(database, 1)
                 answers[0].result()
             for user_id, answer in zip(users, answers, strict=True):
-                assert_told_the_truth(database, url, user_id, item_id, answer)
+                assert_told_the_truth(database, service, user_id, item_id, answer)
 
 
 def assert_told_the_truth(
-    database: Database, url: str, user_id: int, item_id: UUID, answer: Future[httpx.Response]
+    database: Database,
+    service: httpx.Client,
+    user_id: int,
+    item_id: UUID,
+    answer: Future[httpx.Response],
 ) -> None:
     response = answer.result()
     if response.status_code == 504:
-        response = post_debit(url, user_id, item_id, "key")
+        response = post_debit(service, user_id, item_id, "key")
     assert response.status_code in (200, 503)
     assert database.debits(user_id) == ([350] if response.status_code == 200 else [])
 
@@ -270,16 +272,18 @@ def test_debits_while_postgres_goes_down_and_comes_back_are_told_truly(
         served(gateway) as gateway_url,
         served(create_products(database_url(port))) as products_url,
         served(PaymentService(settings_of(gateway_url, products_url))) as url,
+        connect(url) as service,
         ThreadPoolExecutor(8) as clients,
     ):
         answers = [
-            clients.submit(post_debit, url, users[n % 8], item_id, f"key-{n}") for n in range(200)
+            clients.submit(post_debit, service, users[n % 8], item_id, f"key-{n}")
+            for n in range(200)
         ]
         await_true(lambda: sum(answer.done() for answer in answers) >= 40)
         fault(directory, port)
         told = {f"key-{n}": answer.result() for n, answer in enumerate(answers)}
         with psycopg.connect(database_url(port), autocommit=True) as connection:
-            assert_books_match(Database(connection), url, users, item_id, told)
+            assert_books_match(Database(connection), service, users, item_id, told)
 
 
 def settings_of(gateway_url: str, products_url: str) -> Settings:
@@ -287,14 +291,18 @@ def settings_of(gateway_url: str, products_url: str) -> Settings:
 
 
 def assert_books_match(
-    database: Database, url: str, users: list[int], item_id: UUID, told: dict[str, httpx.Response]
+    database: Database,
+    service: httpx.Client,
+    users: list[int],
+    item_id: UUID,
+    told: dict[str, httpx.Response],
 ) -> None:
     entries = database.keys_of_debits(users)
     assert len(entries) == len(set(entries))
     for number, (key, answer) in enumerate(told.items()):
         assert answer.status_code in (200, 503, 504), answer.text
         if answer.status_code == 504:
-            settled = post_debit(url, users[number % 8], item_id, key)
+            settled = post_debit(service, users[number % 8], item_id, key)
             assert settled.status_code == 200
             continue
         assert (key in entries) == (answer.status_code == 200), answer.text

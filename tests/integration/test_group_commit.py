@@ -17,6 +17,7 @@ from client import post_debit
 from database import Database, locked, refusing
 from faulty_gateway import FAULTS, FaultyGateway
 from servers import await_ready, await_true
+from timing import assert_below, repeated_if_too_slow
 
 from app.group_commit import SINGLE_CALLS_MAX
 from devstack.postgres import database_url
@@ -152,6 +153,7 @@ def test_a_request_stays_small_however_long_the_keys(
 
 
 @pytest.mark.alone
+@repeated_if_too_slow
 def test_one_locked_row_holds_up_nobody_else(
     start_service: Start, gateway: WatchedGateway, database: Database, migrated_port: int
 ) -> None:
@@ -170,7 +172,7 @@ def test_one_locked_row_holds_up_nobody_else(
             assert not any(answer.done() for answer in waiting)
         assert [answer.result().status_code for answer in waiting] == [200] * 5
     assert [answer.status_code for answer in answers] == [200] * DEBITS
-    assert took_seconds < 1.5
+    assert_below(took_seconds, 1.5)
     assert database.debits(stuck) == [350] * 5
 
 
@@ -301,6 +303,7 @@ def test_an_item_that_is_held_makes_its_buyers_busy_and_nobody_else(
 
 @pytest.mark.alone
 @pytest.mark.parametrize("held", [20, 40])
+@repeated_if_too_slow
 def test_held_rows_delay_nobody_else_however_many_they_are(
     start_service: Start, database: Database, migrated_port: int, held: int
 ) -> None:
@@ -319,8 +322,8 @@ def test_held_rows_delay_nobody_else_however_many_they_are(
             with ThreadPoolExecutor(16) as others:
                 seconds = list(others.map(lambda user: timed(service, user, item_id), users))
         assert {answer.result().status_code for answer in waiting} == {200}
-    assert sorted(seconds)[len(seconds) * 9 // 10] < 0.3
-    assert max(seconds) < 0.6  # on a busy machine
+    assert_below(sorted(seconds)[len(seconds) * 9 // 10], 0.3)
+    assert_below(max(seconds), 0.6)  # on a busy machine
     assert [database.debits(user) for user in stuck] == [[350]] * held
 
 
@@ -331,6 +334,7 @@ def timed(service: httpx.Client, user_id: int, item_id: UUID) -> float:
 
 
 @pytest.mark.alone
+@repeated_if_too_slow
 def test_a_held_item_delays_only_its_own_buyers(
     start_service: Start, database: Database, migrated_port: int
 ) -> None:
@@ -345,7 +349,7 @@ def test_a_held_item_delays_only_its_own_buyers(
             with ThreadPoolExecutor(12) as others:
                 seconds = list(others.map(lambda user: timed(service, user, free), users))
         assert {answer.result().status_code for answer in waiting} == {200}
-    assert max(seconds) < 0.5
+    assert_below(max(seconds), 0.5)
 
 
 @pytest.mark.parametrize("fault", ["aborted transaction kept", "node lost at commit"])
@@ -375,6 +379,7 @@ def test_a_retry_after_an_earlier_success_is_a_replay_although_its_own_response_
 
 
 @pytest.mark.alone
+@repeated_if_too_slow
 def test_lookups_do_not_delay_debits(
     start_service: Start, database: Database, migrated_port: int
 ) -> None:
@@ -387,7 +392,7 @@ def test_lookups_do_not_delay_debits(
         ]
         seconds = [timed(service, user, item_id) for user in users]
         assert {lookup.result().status_code for lookup in lookups} == {404}
-    assert max(seconds) < 0.5
+    assert_below(max(seconds), 0.5)
 
 
 def test_an_empty_batch_has_no_outcomes(database: Database) -> None:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 from issuer import LET_IN, Issuer, Start, ask, code, make_token, published, start
 from servers import RawServer, await_true, free_port, http_answer
+from timing import assert_below, repeated_if_too_slow
 
 from app.auth import Authentication
 from app.errors import AuthenticationUnavailable
@@ -28,10 +29,14 @@ class HeldIssuer(Issuer):
         self.is_asked, self.may_answer = threading.Event(), threading.Event()
         self.may_answer.set()
 
+    def __exit__(self, *error: object) -> None:
+        self.may_answer.set()
+        super().__exit__(*error)
+
     def _publish(self, connection: socket.socket, request: bytes) -> None:
         answer = self.answer()
         self.is_asked.set()
-        self.may_answer.wait()
+        self.may_answer.wait(30)
         connection.sendall(answer)
 
 
@@ -94,7 +99,7 @@ def test_a_new_key_is_found_although_the_keys_were_just_being_fetched(
         issuer.may_answer.clear()
         service = start(start_service, issuer)
         first = callers.submit(ask, service, make_token())
-        issuer.is_asked.wait()  # its answer stands, and is on its way
+        assert issuer.is_asked.wait(30)  # its answer stands, and is on its way
         issuer.keys.append(published("second", "RS256"))
         second = callers.submit(ask, service, make_token("second"))
         time.sleep(0.1)  # until the service has read it
@@ -163,6 +168,7 @@ def test_a_withdrawn_key_ends_with_the_next_refresh_although_nobody_calls(issuer
 
 
 @pytest.mark.alone
+@repeated_if_too_slow
 def test_nobody_waits_for_a_known_key_while_the_issuer_is_silent() -> None:
     with HeldIssuer() as issuer:
 
@@ -175,14 +181,13 @@ def test_nobody_waits_for_a_known_key_while_the_issuer_is_silent() -> None:
                 issuer.is_asked.clear()
                 issuer.may_answer.clear()
                 async with kept_fresh(keys):
-                    await asyncio.to_thread(issuer.is_asked.wait, 5)
+                    assert await asyncio.to_thread(issuer.is_asked.wait, 30)
                     started = time.monotonic()
                     for number in range(200):
                         token = make_token(sub=str(number))
                         await authentication.authenticate(f"Bearer {token}")
-                    assert time.monotonic() - started < 1.5  # most of it for signing
+                    assert_below(time.monotonic() - started, 1.5)  # most of it for signing
                     assert not issuer.may_answer.is_set()
-                issuer.may_answer.set()
 
         asyncio.run(use_keys())
 
@@ -203,6 +208,7 @@ def test_a_key_that_did_not_change_is_the_same_object_after_a_refresh(issuer: Is
 
 
 @pytest.mark.alone
+@repeated_if_too_slow
 def test_callers_are_told_at_once_for_a_second_that_the_issuer_failed() -> None:
     async def use_keys(url: str) -> None:
         async with opened(url, timeout_seconds=0.2) as keys:
@@ -210,7 +216,9 @@ def test_callers_are_told_at_once_for_a_second_that_the_issuer_failed() -> None:
                 started = time.monotonic()
                 with pytest.raises(AuthenticationUnavailable):
                     await keys.get("first")
-                assert wait_seconds <= time.monotonic() - started < wait_seconds + 0.15
+                took_seconds = time.monotonic() - started
+                assert took_seconds >= wait_seconds
+                assert_below(took_seconds, wait_seconds + 0.15)
 
     with RawServer(None, holds=True) as silent:
         asyncio.run(use_keys(silent.url))

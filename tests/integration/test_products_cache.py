@@ -11,6 +11,7 @@ import pytest
 from client import code_of, post_debit
 from database import Database
 from servers import SocketServer, await_true, http_answer
+from timing import assert_below, repeated_if_too_slow
 
 Start = Callable[..., httpx.Client]
 
@@ -91,6 +92,7 @@ def test_the_last_response_is_used_when_the_products_service_fails(
 
 
 @pytest.mark.alone
+@repeated_if_too_slow
 def test_a_debit_of_a_known_item_does_not_wait_for_a_silent_products_service(
     start_service: Start, database: Database
 ) -> None:
@@ -101,9 +103,10 @@ def test_a_debit_of_a_known_item_does_not_wait_for_a_silent_products_service(
         items.may_answer.clear()
         started = time.monotonic()
         assert [debit(service, user_id, item_id) for user_id in users] == ["debited"] * 20
-        assert time.monotonic() - started < 20 * 0.1
+        took_seconds = time.monotonic() - started
         assert items.calls <= 2
         items.may_answer.set()
+    assert_below(took_seconds, 20 * 0.1)
 
 
 @pytest.mark.alone

@@ -24,6 +24,7 @@ from servers import (
     service_process,
 )
 from starlette.types import ASGIApp, Receive, Scope, Send
+from timing import assert_below, repeated_if_too_slow
 
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
@@ -153,6 +154,7 @@ def test_a_failed_call_is_marked_in_the_trace(migrated_port: int, database: Data
 
 @pytest.mark.alone
 @pytest.mark.parametrize("collector", ["gone", "silent"])
+@repeated_if_too_slow
 def test_a_collector_that_fails_holds_up_nobody(
     migrated_port: int, database: Database, collector: str
 ) -> None:
@@ -163,7 +165,7 @@ def test_a_collector_that_fails_holds_up_nobody(
             for _ in range(3):
                 started = time.monotonic()
                 assert post_debit(service, user_id, item_id).status_code == 200
-                assert time.monotonic() - started < 1
+                assert_below(time.monotonic() - started, 1)
 
 
 def test_no_span_holds_what_the_database_said_of_a_row(
