@@ -139,7 +139,7 @@ async def _gzip_bombs(attacker: Attacker) -> None:
     await asyncio.sleep(2)
 
 
-async def _random_bytes(attacker: Attacker) -> None:
+async def random_bytes(attacker: Attacker) -> None:
     for _ in range(20):
         await attacker.hold(b"".join(make_pieces(attacker.draw)), 0.2)
 
@@ -147,7 +147,7 @@ async def _random_bytes(attacker: Attacker) -> None:
 ATTACKS: tuple[Attack, ...] = (
     *(_endless_headers, _endless_trailers, _one_long_trailer, _long_header, _long_url),
     *(_endless_body, _pipelining_without_reading, _large_responses_without_reading),
-    *(_gzip_bombs, _random_bytes),
+    *(_gzip_bombs, random_bytes),
 )
 AT_ONCE = 2  # of each attack, so that two cores are enough
 
