@@ -194,7 +194,7 @@ class Watch:
         """Return the status of the response on a connection of its own, or what went wrong."""
         try:
             return str(self._process.ask(request))
-        except (OSError, IndexError) as error:
+        except (OSError, EOFError) as error:
             return type(error).__name__
 
 
