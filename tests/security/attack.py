@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import gzip
 import multiprocessing
+import os
 import random
 import resource
 import socket
@@ -201,6 +202,7 @@ class Watch:
 def run_attacks(address: Address, seed: int, seconds: float) -> None:
     """Run all attacks at the same time, each again and again, for so many seconds."""
     _allow_open_files()
+    os.nice(10)  # attackers have processors of their own; here the service goes first
 
     async def repeat(attack: Attack, number: int) -> None:
         attacker = Attacker(address, seed + number)
@@ -288,7 +290,7 @@ def main() -> None:
     for fault in faults:
         print(f"FAULT: {fault}")
     if arguments.picture:
-        title = f"Resident memory of the service under attack; /health within {health[-1]:.2f} s"
+        title = f"Resident memory under attack: at most {max(mebibytes):.0f} MiB of a pod's 256"
         curve = draw_curve(title, [(one.second, one.mebibytes) for one in watch.samples])
         arguments.picture.write_text(curve)
     sys.exit(bool(faults))
