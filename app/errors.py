@@ -114,7 +114,7 @@ class UserNotFound(PaymentError):
 class IdempotencyKeyReused(PaymentError):
     status, code = 422, "idempotency_key_reused"
     title = "The idempotency key was used for another debit"
-    meaning = "This user has used the key before, with another item or expected price."
+    meaning = "The key was used for this user, with another item or price, or by another client."
     advice = "Make a new key for each new debit; keep it only to ask for the same one again."
 
 

@@ -24,6 +24,7 @@ from app.tracing import dependency_call
 CALL_TIMEOUT_SECONDS = 5.0
 CALLS_MAX = 100
 LOOKUPS_MAX = 8  # so that look-ups leave most of PostgREST's connections to debits
+REMOVED_ROWS_MAX = 1_000  # in one call, which takes some 20 ms
 
 # A call that was certainly not done is repeated for so long, for example while Postgres restarts.
 NOT_DONE_SECONDS_MAX = 3.0
@@ -133,8 +134,9 @@ class Ledger:
                 "idempotency_key": key,
                 "expected_price": debit.expected_price,
                 "attempt": str(attempt),
+                "actor": actor,
             }
-            for debit, key, attempt in sent
+            for debit, key, attempt, actor in sent
         ]
         metrics.BATCH_SIZE.observe(len(sent))
         return await self._call(
@@ -156,6 +158,18 @@ class Ledger:
         except PaymentError as error:
             raise LedgerUnavailable from error
 
+    async def remove_generated_declines(self) -> int:
+        """Remove some old declines under keys that this service generated; return how many.
+
+        Raises:
+            PaymentError: the ledger failed.
+        """
+        arguments: dict[str, JSON] = {"rows_max": REMOVED_ROWS_MAX}
+        deadline = _now() + self._call_timeout_seconds
+        return await self._call(
+            "remove_generated_declines", arguments, deadline, _read_count, self._lookups
+        )
+
     async def check(self) -> None:
         """Ask the database whether everything that a debit reads and writes is there.
 
@@ -171,6 +185,7 @@ class Ledger:
             "idempotency_key_input": sent.key,
             "expected_price_input": sent.debit.expected_price,
             "attempt_input": str(sent.attempt),
+            "actor_input": sent.actor,
         }
         metrics.BATCH_SIZE.observe(1)
         return await self._call(
@@ -262,6 +277,12 @@ def classify_failure(error: Exception) -> type[PaymentError]:
     if code.startswith(NOT_DONE_CODES):
         return LedgerUnavailable
     return LedgerRejected
+
+
+def _read_count(answer: object) -> int:
+    if not isinstance(answer, int):
+        raise ValueError("the response is not a number")  # noqa: TRY004 - of CALL_ERRORS
+    return answer
 
 
 def _read_check(answer: object) -> None:

@@ -18,6 +18,7 @@ from supabase import AsyncClient, AsyncClientOptions
 from app import __version__
 from app.auth import Authentication
 from app.debit import Debits
+from app.declines import keep_removing_generated_declines
 from app.documentation import add_documentation
 from app.errors import PaymentError
 from app.group_commit import GroupCommit
@@ -194,6 +195,8 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
         checks = [ledger.check, *([authentication.keys.check] if authentication else [])]
         waiting = asyncio.create_task(services.readiness.await_dependencies(*checks))
         stack.push_async_callback(_cancel, waiting)
+        removing = asyncio.create_task(keep_removing_generated_declines(ledger))
+        stack.push_async_callback(_cancel, removing)
         _spare_the_garbage_collector()
         yield {"services": services}
     logger.info("stopped")

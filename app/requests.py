@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from app import errors
-from app.auth import Authentication
+from app.auth import Authentication, Caller
 from app.problems import (
     DUPLICATE,
     duplicate_names,
@@ -32,8 +32,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 
 
-async def authenticate(request: Request, authentication: Authentication, deadline: float) -> str:
-    """Check the caller's token, and return it for the products service, which asks for one.
+async def authenticate(request: Request, authentication: Authentication, deadline: float) -> Caller:
+    """Check the caller's token, and return whose it is.
 
     Raises:
         Unauthenticated, Forbidden: the caller may not do this.

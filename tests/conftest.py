@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import httpx
 import psycopg
 import pytest
+from client import connect
 from database import Database, drop_databases
 from hypothesis import Phase, settings
 from issuer import Issuer
@@ -21,6 +22,27 @@ from devstack.server_account import temporary_folder
 
 # For make mutants, which only asks whether a property fails: no shrinking.
 settings.register_profile("mutants", phases=[Phase.generate], database=None, derandomize=True)
+
+
+# The files that take longest, which start first, so that no worker is left alone with one.
+LONG_FILES = (
+    "test_simulation.py",
+    "test_existing_databases.py",
+    "test_monitoring.py",
+    "test_processes.py",
+    "test_fault_table.py",
+    "test_devstack.py",
+    "test_devstack_folders.py",
+    "test_settings.py",
+    "test_sequential.py",
+)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not hasattr(config, "workerinput"):
+        return  # only one process runs them: they keep the order of the command line
+    place = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +90,7 @@ def service(gateway_url: str, products_url: str) -> Iterator[httpx.Client]:
     settings = make_settings(
         supabase_url=gateway_url, products_service_url=products_url, products_cache_seconds=0
     )
-    with served(PaymentService(settings)) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with served(PaymentService(settings)) as url, connect(url) as client:
         yield client
 
 
@@ -84,7 +106,7 @@ def start_service(gateway_url: str, products_url: str) -> Iterator[Callable[...,
             settings = make_settings(**(real | changes))
             app = PaymentService(settings, call_timeout_seconds=call_timeout_seconds)
             url = stack.enter_context(served(app))
-            return stack.enter_context(httpx.Client(base_url=url, timeout=30))
+            return stack.enter_context(connect(url))
 
         yield start
 

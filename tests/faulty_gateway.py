@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Callable
 
-import httpx
+from client import connect
 from servers import SocketServer, http_answer
 
 PROXY_PAGE = http_answer("502 Bad Gateway", b"<html>Bad Gateway</html>", "text/html")
@@ -44,14 +44,13 @@ FAULTS: dict[str, tuple[bool, bytes | str]] = {
 
 
 class FaultyGateway(SocketServer):
-    """Asks `choose` for the fault of each debit_use call; None lets it through unharmed."""
+    """Asks `choose` for the fault of each call of debits; None lets it through unharmed."""
 
     def __init__(self, gateway_url: str, choose: Callable[[], str | None]) -> None:
         super().__init__(self._relay)
         self._choose = choose
-        self._client = httpx.Client(
-            base_url=gateway_url, timeout=30, limits=httpx.Limits(max_connections=200)
-        )
+        self.faulty_calls = b"/rpc/debit_use"  # also those of batches
+        self._client = connect(gateway_url)
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
@@ -60,7 +59,7 @@ class FaultyGateway(SocketServer):
     def _relay(self, connection: socket.socket, request: bytes) -> None:
         if not request:
             return  # a connection that was only opened
-        fault = self._choose() if b"/rpc/debit_use" in request else None
+        fault = self._choose() if self.faulty_calls in request else None
         passed_on, sent = FAULTS[fault] if fault else (True, "whole")
         answer = self._pass_on(request) if passed_on else b""
         match sent:

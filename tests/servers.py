@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import socket
 import subprocess
 import sys
@@ -9,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO, Self
+from typing import IO, Self, TypeVar
 
 import httpx
 import uvicorn
+from client import connect
 from starlette.types import ASGIApp
 
 from app.server import listen, make_config
@@ -20,6 +22,8 @@ from app.settings import Settings
 from devstack.keys import SERVICE_ROLE_KEY
 
 START_TIMEOUT_SECONDS = 30
+
+Value = TypeVar("Value")
 
 
 @contextmanager
@@ -29,11 +33,9 @@ def served(app: ASGIApp, root_path: str = "") -> Iterator[str]:
     sockets = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while not server.started:
-        if not thread.is_alive() or time.monotonic() > deadline:
-            raise RuntimeError("the server did not start")
-        time.sleep(0.002)
+    await_true(lambda: server.started or not thread.is_alive())
+    if not server.started:
+        raise RuntimeError("the server did not start")
     try:
         yield f"http://127.0.0.1:{sockets[0].getsockname()[1]}"
     finally:
@@ -85,34 +87,49 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
 
 
-def await_ready(url: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"{url}/ready").status_code == 200:
-                return
-        time.sleep(0.02)
-    raise RuntimeError("the service did not become ready")
+def await_ready(url: str | httpx.URL) -> None:
+    """Wait until a service responds that it is ready."""
+    with connect(url) as client:
+        await_true(lambda: _responds(client, "/ready"))
 
 
-def await_true(condition: Callable[[], object]) -> None:
-    """Wait until a condition holds.
+def await_health(url: str) -> None:
+    """Wait until a service responds, ready or not."""
+    with connect(url) as client:
+        await_true(lambda: _responds(client, "/health"))
+
+
+def _responds(client: httpx.Client, path: str) -> bool:
+    try:
+        return client.get(path).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def await_true(condition: Callable[[], Value], seconds: float = START_TIMEOUT_SECONDS) -> Value:
+    """Wait until a condition is true, and return its value.
+
+    Use it for everything that is written after a response, such as a line of the log.
 
     Raises:
-        TimeoutError: it does not.
+        TimeoutError: it was not true within that time.
     """
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    while not condition():
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError
-        time.sleep(0.005)
+            raise TimeoutError(f"not true within {seconds} s; the last value is {value!r}")
+        time.sleep(0.01)
+    return value
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nobody uses, below those that the system gives to connections."""
+    for _ in range(100):
+        port = 15_000 + secrets.randbelow(17_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is free")
 
 
 class SocketServer:

@@ -19,7 +19,7 @@ import jwt
 import pytest
 from database import Database, locked
 from issuer import Issuer, ask, make_token, start
-from servers import RawServer, http_answer, make_settings, served
+from servers import RawServer, await_true, http_answer, make_settings, served
 
 from app.main import PaymentService
 from devstack.keys import JWT_SECRET
@@ -79,8 +79,7 @@ def debit_while_another_waits(parts: Parts) -> Response:
     with ThreadPoolExecutor(1) as pool:
         with locked(parts.port, parts.user_id):
             first = pool.submit(parts.debit, service)
-            while "payment_debits_waiting 1.0" not in service.get("/metrics").text:
-                pass
+            await_true(lambda: "payment_debits_waiting 1.0" in service.get("/metrics").text)
             second = parts.debit(service)
         assert first.result().status_code == 200
     return second

@@ -6,14 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
+from uuid import UUID
 
 import httpx
 import pytest
+from client import ask_outcome, post_debit
 from database import Database, locked
 from faulty_gateway import FAULTS, FaultyGateway
-from servers import SocketServer, free_port, http_answer
+from servers import SocketServer, await_ready, free_port, http_answer
 
 Start = Callable[..., httpx.Client]
+
+CALL_TIMEOUT_SECONDS = 2.0  # instead of 5, so that silence takes less time
 
 # What the faults that were not passed on, or that say so, allow the caller to be told.
 NOT_DONE = {
@@ -41,30 +45,28 @@ def faulty_service(
     """Start a service, ready, behind a gateway whose faults are still to be chosen."""
     faults = Faults(repeat(None))
     with FaultyGateway(gateway_url, faults) as gateway:
-        service = start_service(supabase_url=gateway.url, **settings)
-        while service.get("/ready").status_code != 200:
-            pass
+        service = start_service(
+            supabase_url=gateway.url, call_timeout_seconds=CALL_TIMEOUT_SECONDS, **settings
+        )
+        await_ready(service.base_url)
         yield faults, service
 
 
-def post_debit(service: httpx.Client, body: dict[str, object], key: str | None) -> httpx.Response:
-    headers = {"Idempotency-Key": key} if key else {}
-    return service.post("/payments/debit", json=body, headers=headers)
-
-
 def assert_told_the_truth(
-    database: Database, service: httpx.Client, body: dict[str, object], answer: httpx.Response
+    database: Database,
+    service: httpx.Client,
+    user_id: int,
+    item_id: UUID,
+    answer: httpx.Response,
 ) -> None:
     """Compare an answer with the ledger; an unknown outcome is asked again first."""
-    user_id = int(str(body["user_id"]))
     if answer.status_code == 504:
         key = answer.json()["idempotency_key"]
-        query = {"user_id": user_id, "idempotency_key": key}
-        asked = service.get("/payments/outcome", params=query)
+        asked = ask_outcome(service, user_id, key)
         assert (asked.status_code == 200) == (len(database.debits(user_id)) == 1)
-        answer = post_debit(service, body, key)
+        answer = post_debit(service, user_id, item_id, key)
         assert answer.status_code == 200
-        assert post_debit(service, body, key).json() == answer.json()
+        assert post_debit(service, user_id, item_id, key).json() == answer.json()
     debits = database.debits(user_id)
     assert debits == ([350] if answer.status_code == 200 else [])
     assert database.balance(user_id) == 5000 - sum(debits)
@@ -77,15 +79,14 @@ def test_a_fault_once_is_survived(
     gateway_url: str, start_service: Start, database: Database, fault: str, key: str | None
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
-    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
     with faulty_service(gateway_url, start_service) as (faults, service):
         faults.coming = chain([fault], repeat(None))
 
-        answer = post_debit(service, body, key)
+        answer = post_debit(service, user_id, item_id, key)
 
         assert answer.status_code == 200
         assert "idempotent-replayed" not in answer.headers
-        assert_told_the_truth(database, service, body, answer)
+        assert_told_the_truth(database, service, user_id, item_id, answer)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -93,19 +94,18 @@ def test_a_fault_that_stays_is_told_truly(
     gateway_url: str, start_service: Start, database: Database, fault: str
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
-    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
     with faulty_service(gateway_url, start_service, request_timeout_seconds=2) as (
         faults,
         service,
     ):
         faults.coming = repeat(fault)
-        answer = post_debit(service, body, None)
+        answer = post_debit(service, user_id, item_id)
         faults.coming = repeat(None)
 
         told = "ledger_unavailable" if fault in NOT_DONE else "outcome_unknown"
         assert answer.json()["code"] == told
         assert ("retry-after" in answer.headers) == (told == "ledger_unavailable")
-        assert_told_the_truth(database, service, body, answer)
+        assert_told_the_truth(database, service, user_id, item_id, answer)
 
 
 @pytest.mark.parametrize("later", sorted(NOT_DONE))
@@ -113,28 +113,26 @@ def test_unknown_stays_unknown_when_later_calls_are_certainly_not_done(
     gateway_url: str, start_service: Start, database: Database, later: str
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
-    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
     with faulty_service(gateway_url, start_service, request_timeout_seconds=1) as (
         faults,
         service,
     ):
         faults.coming = chain(["closed instead of the answer"], repeat(later))
-        answer = post_debit(service, body, "key")
+        answer = post_debit(service, user_id, item_id, "key")
         faults.coming = repeat(None)
 
         assert answer.json()["code"] == "outcome_unknown"
         assert answer.json()["idempotency_key"] == "key"
         assert database.debits(user_id) == [350]
-        assert_told_the_truth(database, service, body, answer)
+        assert_told_the_truth(database, service, user_id, item_id, answer)
 
 
 def test_a_gateway_that_refuses_connections_has_not_charged(
     start_service: Start, database: Database
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
-    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
     service = start_service(supabase_url=f"http://127.0.0.1:{free_port()}")
-    answer = post_debit(service, body, "key")
+    answer = post_debit(service, user_id, item_id, "key")
     assert answer.json()["code"] == "ledger_unavailable"
     assert database.debits(user_id) == []
 
@@ -143,26 +141,24 @@ def test_a_row_that_stays_locked_is_not_charged(
     service: httpx.Client, database: Database, migrated_port: int
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
-    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
     with locked(migrated_port, user_id) as somebody:
-        answer = post_debit(service, body, "key")
+        answer = post_debit(service, user_id, item_id, "key")
         somebody.rollback()
     assert answer.json()["code"] == "ledger_unavailable"
-    assert_told_the_truth(database, service, body, answer)
+    assert_told_the_truth(database, service, user_id, item_id, answer)
 
 
 def test_a_row_that_is_locked_for_a_while_is_waited_for(
     service: httpx.Client, database: Database, migrated_port: int
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
-    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
     with locked(migrated_port, user_id) as somebody:
         released = threading.Timer(2.5, somebody.rollback)  # after the first lock timeout of 2 s
         released.start()
-        answer = post_debit(service, body, "key")
+        answer = post_debit(service, user_id, item_id, "key")
         released.join()
     assert answer.status_code == 200
-    assert_told_the_truth(database, service, body, answer)
+    assert_told_the_truth(database, service, user_id, item_id, answer)
 
 
 PRODUCTS_FAULTS = {
@@ -178,16 +174,15 @@ def test_a_fault_of_the_products_service_once_charges_at_the_retry_only(
     start_service: Start, database: Database, fault: str
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
-    body: dict[str, object] = {"user_id": user_id, "item_id": str(item_id)}
     item = http_answer("200 OK", f'{{"id": "{item_id}", "price": 350, "active": true}}'.encode())
     answers = [PRODUCTS_FAULTS[fault]]
     with SocketServer(lambda connection, _: connection.sendall(answers[-1])) as products:
         service = start_service(products_service_url=products.url)
-        refused = post_debit(service, body, "key")
+        refused = post_debit(service, user_id, item_id, "key")
         assert refused.json()["code"] == "products_unavailable"
         assert database.debits(user_id) == []
         answers.append(item)
         time.sleep(int(refused.headers["Retry-After"]))  # the failure is remembered until then
-        answer = post_debit(service, body, "key")
+        answer = post_debit(service, user_id, item_id, "key")
     assert answer.status_code == 200
-    assert_told_the_truth(database, service, body, answer)
+    assert_told_the_truth(database, service, user_id, item_id, answer)

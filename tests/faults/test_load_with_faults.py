@@ -1,7 +1,10 @@
 """The short form of `make torture`: load and faults at once, then the books."""
 
+import pytest
 from faulty_gateway import FAULTS
 from torture import Torture
+
+pytestmark = pytest.mark.alone
 
 SECONDS = 25
 SEED = 7

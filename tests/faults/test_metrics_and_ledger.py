@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from uuid import UUID, uuid4
 
 import httpx
+from client import post_debit
 from database import Database
 from faulty_gateway import FAULTS, FaultyGateway
 from prometheus_client.parser import text_string_to_metric_families
+from servers import await_true
 
 Start = Callable[..., httpx.Client]
 
@@ -20,23 +22,29 @@ class Buyer:
 
     def __init__(self, service: httpx.Client, user_id: int, item_id: UUID) -> None:
         self._service = service
-        self._body = {"user_id": user_id, "item_id": str(item_id)}
+        self._user_id = user_id
+        self._item_id = item_id
         self.amount_not_counted = 0
 
     def buy(self) -> None:
-        key = {"Idempotency-Key": str(uuid4())}
+        key = str(uuid4())
         was_unknown = False
-        while True:
-            answer = self._service.post("/payments/debit", json=self._body, headers=key)
+
+        def ask() -> httpx.Response | None:
+            nonlocal was_unknown
+            answer = post_debit(self._service, self._user_id, self._item_id, key)
             if answer.status_code == 200:
-                break
+                return answer
             was_unknown |= answer.json()["code"] == "outcome_unknown"
+            return None
+
+        answer = await_true(ask)
+        assert answer is not None
         if "idempotent-replayed" in answer.headers:
             assert was_unknown
             self.amount_not_counted += answer.json()["amount"]
-        again = self._service.post("/payments/debit", json=self._body, headers=key)
-        while again.status_code != 200:
-            again = self._service.post("/payments/debit", json=self._body, headers=key)
+        again = await_true(ask)
+        assert again is not None
         assert again.headers["idempotent-replayed"] == "true"
         assert again.json() == answer.json()
 

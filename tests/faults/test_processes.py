@@ -17,7 +17,7 @@ import httpx
 import psycopg
 import pytest
 from database import Database, locked
-from servers import free_port, make_settings, served, service_process
+from servers import await_true, free_port, make_settings, served, service_process
 
 from app.main import PaymentService
 from app.settings import Settings
@@ -40,11 +40,9 @@ def post_debit(url: str, user_id: int, item_id: UUID, key: str) -> httpx.Respons
 
 
 def await_waiting(database: Database, debits: int) -> None:
+    """Wait until so many debits wait for a row; those that give up come again."""
     count = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
-    deadline = time.monotonic() + 1.5  # before the waiting ones give up
-    while database.connection.execute(count).fetchone() != (debits,):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    await_true(lambda: database.connection.execute(count).fetchone() == (debits,))
 
 
 @pytest.mark.parametrize("signals", [1, 2], ids=["SIGTERM", "SIGTERM twice"])
@@ -87,7 +85,8 @@ class BusyClient(threading.Thread):
 
     def run(self) -> None:
         connection = HTTPConnection(self._host, timeout=10)
-        while True:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
             try:
                 connection.connect()
             except OSError:
@@ -107,6 +106,7 @@ class BusyClient(threading.Thread):
 JSON = {"Content-Type": "application/json"}
 
 
+@pytest.mark.alone
 def test_sigterm_breaks_no_connection_of_clients_that_pay_without_pause(
     gateway_url: str, products_url: str, database: Database
 ) -> None:
@@ -169,15 +169,15 @@ def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
             )
             await_waiting(database, 1)
         query = {"user_id": str(user_id), "idempotency_key": "key"}
+        await_true(lambda: database.debits(user_id))
         asked = httpx.get(f"{url}/payments/outcome", params=query)
-        while asked.status_code == 404:
-            asked = httpx.get(f"{url}/payments/outcome", params=query)
         again = post_debit(url, user_id, item_id, "key")
     assert asked.json() == again.json()
     assert again.headers["idempotent-replayed"] == "true"
     assert database.debits(user_id) == [350]
 
 
+@pytest.mark.alone
 def test_more_debits_than_may_wait_are_refused_at_once(
     start_service: Start, migrated_port: int, database: Database
 ) -> None:
@@ -275,8 +275,7 @@ def test_debits_while_postgres_goes_down_and_comes_back_are_told_truly(
         answers = [
             clients.submit(post_debit, url, users[n % 8], item_id, f"key-{n}") for n in range(200)
         ]
-        while sum(answer.done() for answer in answers) < 40:
-            time.sleep(0.005)
+        await_true(lambda: sum(answer.done() for answer in answers) >= 40)
         fault(directory, port)
         told = {f"key-{n}": answer.result() for n, answer in enumerate(answers)}
         with psycopg.connect(database_url(port), autocommit=True) as connection:

@@ -5,8 +5,9 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from client import ask_outcome, post_debit
 from database import Database
-from servers import free_port
+from servers import await_true, free_port
 
 ORIGIN = "https://kiosk.example.org"
 GET_PATHS = [
@@ -46,16 +47,11 @@ def test_a_card_number_with_leading_zeros_is_the_same_user(
 ) -> None:
     user_id, item_id = database.add_user(balance=1000), database.add_item(price=350)
     key, zeros = str(uuid4()), f"000{user_id}"
-    bodies = [{"user_id": number, "item_id": str(item_id)} for number in (user_id, zeros)]
-    first, second = (
-        service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
-        for body in bodies
-    )
+    first, second = (post_debit(service, number, item_id, key) for number in (user_id, zeros))
     assert first.json() == second.json()
     assert second.headers["idempotent-replayed"] == "true"
     assert database.balance(user_id) == 650
-    query = {"user_id": zeros, "idempotency_key": key}
-    assert service.get("/payments/outcome", params=query).json() == first.json()
+    assert ask_outcome(service, zeros, key).json() == first.json()
 
 
 @pytest.mark.parametrize("quoted", [False, True])
@@ -64,8 +60,7 @@ def test_the_key_of_a_lookup_may_be_in_the_header(
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
     key = str(uuid4())
-    body = {"user_id": user_id, "item_id": str(item_id)}
-    payment = service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
+    payment = post_debit(service, user_id, item_id, key)
     headers = {"Idempotency-Key": f'"{key}"' if quoted else key}
     query = {"user_id": str(user_id)}
     found = service.get("/payments/outcome", params=query, headers=headers)
@@ -125,8 +120,7 @@ def test_no_page_of_another_origin_may_by_default(service: httpx.Client) -> None
 def test_a_refused_connection_is_logged_as_what_it_is(
     start_service: Callable[..., httpx.Client], caplog: pytest.LogCaptureFixture
 ) -> None:
-    service = start_service(supabase_url=f"http://127.0.0.1:{free_port()}")
-    while "ledger_unavailable" not in caplog.text:
-        service.get("/health")
-    assert "check_ledger: ledger_unavailable: no connection (Connect" in caplog.text
+    start_service(supabase_url=f"http://127.0.0.1:{free_port()}")
+    line = "check_ledger: ledger_unavailable: no connection (Connect"
+    await_true(lambda: line in caplog.text)
     assert "Timeout" not in caplog.text

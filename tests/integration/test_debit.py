@@ -6,14 +6,8 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
+from client import post_debit
 from database import Database
-
-
-def post_debit(
-    service: httpx.Client, user_id: object, item_id: object, **more: object
-) -> httpx.Response:
-    body = {"user_id": user_id, "item_id": str(item_id), **more}
-    return service.post("/payments/debit", json=body)
 
 
 def test_a_debit_takes_the_price_from_the_balance(

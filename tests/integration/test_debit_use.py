@@ -8,6 +8,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from database import Database
+from servers import await_true
 
 from devstack.postgres import SUPABASE_DIRECTORY, apply_migrations, apply_seed, database_url
 
@@ -179,10 +180,8 @@ def test_debits_of_one_user_wait_for_each_other(
             target=lambda: outcomes.append(debit_use(service_role, user_id, item_id)["outcome"])
         )
         second.start()
-        while not database.connection.execute(
-            "select from pg_stat_activity where wait_event_type = 'Lock'"
-        ).fetchall():
-            pass
+        waiting = "select from pg_stat_activity where wait_event_type = 'Lock'"
+        await_true(lambda: database.connection.execute(waiting).fetchall())
         assert outcomes == []
     second.join()
     assert outcomes == ["insufficient_funds"]

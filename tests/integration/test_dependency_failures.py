@@ -11,8 +11,9 @@ import httpx
 import jwt
 import psycopg
 import pytest
+from client import post_debit
 from database import Database
-from servers import RawServer, SocketServer, free_port, http_answer
+from servers import RawServer, SocketServer, await_ready, await_true, free_port, http_answer
 
 from devstack.keys import JWT_SECRET
 from devstack.postgres import database_url
@@ -24,7 +25,7 @@ BAD_GATEWAY = http_answer("502 Bad Gateway", b"<html>nginx</html>", "text/html")
 
 
 def debit(service: httpx.Client, user_id: int, item_id: UUID) -> tuple[int, str, str | None]:
-    response = service.post("/payments/debit", json={"user_id": user_id, "item_id": str(item_id)})
+    response = post_debit(service, user_id, item_id)
     return response.status_code, response.json().get("code"), response.headers.get("retry-after")
 
 
@@ -196,7 +197,7 @@ def test_a_key_without_the_right_role_is_refused_and_never_ready(
     service = start_service(supabase_key=key)
     assert debit(service, user_id, item_id) == LEDGER_REJECTED
     assert service.get("/ready").status_code == 503
-    assert "SUPABASE_KEY" in caplog.text
+    await_true(lambda: "SUPABASE_KEY" in caplog.text)
     assert key not in caplog.text
     assert database.debits(user_id) == []
 
@@ -232,6 +233,10 @@ def waiting_answer(status: str, retry_after: str, body: bytes = b"<html>Slow dow
 LATER = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
 
 
+def ledger_state(service: httpx.Client) -> str:
+    return str(service.get("/ready").json()["dependencies"]["ledger"])
+
+
 @pytest.mark.parametrize(
     ("answer", "seconds"),
     [
@@ -248,8 +253,7 @@ def test_a_gateway_that_asks_to_wait_is_not_called_meanwhile(
     user_id, item_id = database.add_user(), database.add_item()
     with RawServer(answer) as gateway:
         service = start_service(supabase_url=gateway.url)
-        while service.get("/ready").json()["dependencies"]["ledger"] == "not asked yet":
-            time.sleep(0.01)
+        await_true(lambda: ledger_state(service) != "not asked yet")
         for _ in range(3):
             status, code, retry_after = debit(service, user_id, item_id)
             assert (status, code) == (503, "ledger_unavailable")  # it was never sent
@@ -293,17 +297,14 @@ def test_a_debit_that_a_gateway_limits_is_unknown_until_it_may_be_asked_for(
         user_id = database.add_user()
         with LimitingGateway(gateway_url, retry_after) as gateway:
             service = start_service(supabase_url=gateway.url)
-            while service.get("/ready").status_code != 200:
-                time.sleep(0.01)
-            body = {"user_id": user_id, "item_id": str(item_id)}
-            key = {"Idempotency-Key": str(uuid4())}
-            response = service.post("/payments/debit", json=body, headers=key)
+            await_ready(service.base_url)
+            response = post_debit(service, user_id, item_id, str(uuid4()))
             assert response.status_code == told
             assert database.debits(user_id) == [350]
             assert gateway.calls == (2 if told == 200 else 1)
             if told == 504:
                 assert "retry-after" not in response.headers
-                without_key = service.post("/payments/debit", json=body)
+                without_key = post_debit(service, user_id, item_id)
                 assert without_key.json()["code"] == "ledger_unavailable"
                 assert gateway.calls == 1
 
@@ -314,8 +315,7 @@ def test_an_unknown_debit_without_a_key_is_not_asked_for_again(
     item_id, user_id = database.add_item(), database.add_user()
     with LimitingGateway(gateway_url, "30") as gateway:
         service = start_service(supabase_url=gateway.url)
-        while service.get("/ready").status_code != 200:
-            time.sleep(0.01)
+        await_ready(service.base_url)
         assert debit(service, user_id, item_id) == OUTCOME_UNKNOWN
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +13,12 @@ from uuid import UUID, uuid4
 import httpx
 import psycopg
 import pytest
+from client import post_debit
 from database import Database, locked, refusing
 from faulty_gateway import FAULTS, FaultyGateway
+from servers import await_ready, await_true
 
+from app.group_commit import SINGLE_CALLS_MAX
 from devstack.postgres import database_url
 
 Start = Callable[..., httpx.Client]
@@ -23,11 +27,16 @@ DEBITS = 60
 
 
 class WatchedGateway(FaultyGateway):
-    """Remembers what was asked of it: the function and the size of the request's body."""
+    """Remembers what was asked of it: the function and the size of the request's body.
+
+    It holds calls while `may_answer` is not set.
+    """
 
     def __init__(self, gateway_url: str) -> None:
         self.faults: Iterator[str | None] = repeat(None)
         self.calls: list[tuple[str, int, int]] = []
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         super().__init__(gateway_url, lambda: next(self.faults))
 
     def _relay(self, connection: socket.socket, request: bytes) -> None:
@@ -35,6 +44,7 @@ class WatchedGateway(FaultyGateway):
         if function := re.search(rb"/rpc/(\w+)", head):
             debits = len(json.loads(body).get("debits", [None]))
             self.calls.append((function[1].decode(), len(body), debits))
+            self.may_answer.wait(30)
         super()._relay(connection, request)
 
 
@@ -47,23 +57,42 @@ def gateway(gateway_url: str) -> Iterator[WatchedGateway]:
 def start(start_service: Start, gateway: WatchedGateway, **settings: object) -> httpx.Client:
     settings = {"debit_batch_size_max": 64} | settings
     service = start_service(supabase_url=gateway.url, **settings)
-    while service.get("/ready").status_code != 200:
-        pass
+    await_ready(service.base_url)
     gateway.calls.clear()
     return service
 
 
-def post(service: httpx.Client, user_id: int, item_id: UUID, key: str) -> httpx.Response:
-    body = {"user_id": user_id, "item_id": str(item_id)}
-    return service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
-
-
-def post_together(
+def post_at_once(
     service: httpx.Client, users: list[int], item_id: UUID, padding: str = ""
 ) -> list[httpx.Response]:
     keys = [str(uuid4()) + padding for _ in users]
     with ThreadPoolExecutor(len(users)) as clients:
-        return list(clients.map(lambda u, k: post(service, u, item_id, k), users, keys))
+        return list(clients.map(lambda u, k: post_debit(service, u, item_id, k), users, keys))
+
+
+def post_together(
+    service: httpx.Client,
+    gateway: WatchedGateway,
+    users: list[int],
+    item_id: UUID,
+    padding: str = "",
+) -> list[httpx.Response]:
+    """Post debits while the gateway holds all calls, until each is in a lane or a call."""
+    gateway.may_answer.clear()
+    calls_before = len(gateway.calls)
+
+    def have_arrived() -> bool:
+        sent = sum(debits for _, _, debits in gateway.calls[calls_before:])
+        depths = re.findall(r"payment_lane_depth{.*} (\S+)", service.get("/metrics").text)
+        return sent + sum(map(float, depths)) == len(users)
+
+    with ThreadPoolExecutor(1) as thread:
+        answers = thread.submit(post_at_once, service, users, item_id, padding)
+        try:
+            await_true(have_arrived)
+        finally:
+            gateway.may_answer.set()
+    return answers.result()
 
 
 def test_a_debit_that_finds_nobody_waiting_goes_alone(
@@ -71,7 +100,7 @@ def test_a_debit_that_finds_nobody_waiting_goes_alone(
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
     service = start(start_service, gateway)
-    assert post(service, user_id, item_id, "key").status_code == 200
+    assert post_debit(service, user_id, item_id, "key").status_code == 200
     assert [call[0] for call in gateway.calls] == ["debit_use"]
 
 
@@ -80,7 +109,7 @@ def test_debits_that_come_together_share_calls(
 ) -> None:
     users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
     service = start(start_service, gateway)
-    answers = post_together(service, users, item_id)
+    answers = post_together(service, gateway, users, item_id)
     assert [answer.status_code for answer in answers] == [200] * DEBITS
     assert [answer.json()["user_id"] for answer in answers] == users
     assert len(gateway.calls) < DEBITS / 2
@@ -92,7 +121,7 @@ def test_debits_of_one_user_share_calls_too(
 ) -> None:
     user_id, item_id = database.add_user(350 * 50), database.add_item(350)
     service = start(start_service, gateway)
-    answers = post_together(service, [user_id] * DEBITS, item_id)
+    answers = post_together(service, gateway, [user_id] * DEBITS, item_id)
     charged = [answer.json() for answer in answers if answer.status_code == 200]
     assert sorted(payment["new_balance"] for payment in charged) == [350 * n for n in range(50)]
     assert [answer.status_code for answer in answers].count(402) == DEBITS - 50
@@ -105,7 +134,7 @@ def test_a_batch_of_one_turns_it_off(
 ) -> None:
     users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
     service = start(start_service, gateway, debit_batch_size_max=1)
-    answers = post_together(service, users, item_id)
+    answers = post_together(service, gateway, users, item_id)
     assert [answer.status_code for answer in answers] == [200] * DEBITS
     assert {call[0] for call in gateway.calls} == {"debit_use"}
 
@@ -116,12 +145,13 @@ def test_a_request_stays_small_however_long_the_keys(
     users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
     service = start(start_service, gateway)
     for padding in ("", 219 * "x", 219 * "\\"):
-        answers = post_together(service, users, item_id, padding)
+        answers = post_together(service, gateway, users, item_id, padding)
         assert [answer.status_code for answer in answers] == [200] * DEBITS
     assert max(call[1] for call in gateway.calls) < 8 * 1024
     assert max(call[2] for call in gateway.calls) > 10
 
 
+@pytest.mark.alone
 def test_one_locked_row_holds_up_nobody_else(
     start_service: Start, gateway: WatchedGateway, database: Database, migrated_port: int
 ) -> None:
@@ -130,10 +160,12 @@ def test_one_locked_row_holds_up_nobody_else(
     service = start(start_service, gateway)
     with ThreadPoolExecutor(5) as clients:
         with locked(migrated_port, stuck):
-            waiting = [clients.submit(post, service, stuck, item_id, f"{n}") for n in range(5)]
+            waiting = [
+                clients.submit(post_debit, service, stuck, item_id, f"{n}") for n in range(5)
+            ]
             time.sleep(0.1)  # until the lanes have met the locked row
             started = time.monotonic()
-            answers = post_together(service, users, item_id)
+            answers = post_at_once(service, users, item_id)
             took_seconds = time.monotonic() - started
             assert not any(answer.done() for answer in waiting)
         assert [answer.result().status_code for answer in waiting] == [200] * 5
@@ -148,7 +180,7 @@ def test_a_debit_that_the_database_refuses_fails_alone(
     users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
     refused = users[7]
     with refusing(database, "Users", f"card_id <> {refused} or balance = 5000"):
-        answers = post_together(start(start_service, gateway), users, item_id)
+        answers = post_together(start(start_service, gateway), gateway, users, item_id)
     codes = {answer.json().get("user_id"): answer.status_code for answer in answers}
     assert answers[7].json()["code"] == "ledger_rejected"
     assert codes == {user_id: 200 for user_id in users if user_id != refused} | {None: 500}
@@ -160,11 +192,14 @@ def test_a_batch_that_fails_is_repeated_as_a_batch(
     start_service: Start, gateway: WatchedGateway, database: Database, fault: str
 ) -> None:
     users, item_id = [database.add_user() for _ in range(20)], database.add_item()
-    service = start(start_service, gateway)
-    gateway.faults = chain([None, None], [fault] * 2, repeat(None))  # two single calls come first
-    answers = post_together(service, users, item_id)
+    service = start(start_service, gateway, call_timeout_seconds=2.0)
+    gateway.faulty_calls = b"/rpc/debit_use_batch"
+    gateway.faults = chain([fault] * 2, repeat(None))
+    answers = post_together(service, gateway, users, item_id)
     assert [answer.status_code for answer in answers] == [200] * 20
-    assert [call[0] for call in gateway.calls].count("debit_use") <= 4
+    functions = [call[0] for call in gateway.calls]
+    assert functions.count("debit_use_batch") >= 3
+    assert functions.count("debit_use") <= SINGLE_CALLS_MAX  # those that came before the others
     assert not any("idempotent-replayed" in answer.headers for answer in answers)
     assert [database.debits(user_id) for user_id in users] == [[350]] * 20
 
@@ -175,27 +210,28 @@ def test_when_every_call_is_lost_each_debit_is_told_as_unknown(
     users, item_id = [database.add_user() for _ in range(20)], database.add_item()
     service = start(start_service, gateway, request_timeout_seconds=1)
     gateway.faults = repeat("closed instead of the answer")
-    answers = post_together(service, users, item_id)
+    answers = post_at_once(service, users, item_id)
     gateway.faults = repeat(None)
     assert {answer.json()["code"] for answer in answers} == {"outcome_unknown"}
     for user_id, answer in zip(users, answers, strict=True):
         key = answer.json()["idempotency_key"]
-        assert post(service, user_id, item_id, key).status_code == 200
+        assert post_debit(service, user_id, item_id, key).status_code == 200
         assert database.debits(user_id) == [350]
 
 
+@pytest.mark.alone
 def test_a_debit_whose_time_is_up_before_it_was_sent_was_not_done(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(30)], database.add_item()
     service = start(start_service, gateway, request_timeout_seconds=1)
-    assert post(service, users[0], item_id, "warms-the-cache").status_code == 200
+    assert post_debit(service, users[0], item_id, "warms-the-cache").status_code == 200
     gateway.faults = repeat("silent, not passed on")
     with ThreadPoolExecutor(2) as groups:
-        sent = groups.submit(post_together, service, users[:20], item_id)
-        while len([call for call in gateway.calls if call[0] == "debit_use_batch"]) < 2:
-            time.sleep(0.01)  # until a batch is under way in both lanes
-        queued = groups.submit(post_together, service, users[20:], item_id)
+        sent = groups.submit(post_at_once, service, users[:20], item_id)
+        # Until a batch is under way in both lanes.
+        await_true(lambda: [call[0] for call in gateway.calls].count("debit_use_batch") >= 2)
+        queued = groups.submit(post_at_once, service, users[20:], item_id)
         # Those of the first group that came too late for the two calls were not sent either.
         assert "outcome_unknown" in {answer.json()["code"] for answer in sent.result()}
         assert {answer.json()["code"] for answer in queued.result()} == {"ledger_unavailable"}
@@ -263,6 +299,7 @@ def test_an_item_that_is_held_makes_its_buyers_busy_and_nobody_else(
     assert batch(database.connection, wish(users[0], held, "a"))[0]["outcome"] == "debited"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("held", [20, 40])
 def test_held_rows_delay_nobody_else_however_many_they_are(
     start_service: Start, database: Database, migrated_port: int, held: int
@@ -272,10 +309,12 @@ def test_held_rows_delay_nobody_else_however_many_they_are(
     stuck = [database.add_user() for _ in range(held)]
     users = [database.add_user() for _ in range(48)]
     service = start_service()
-    assert post(service, users[0], item_id, "warms-up").status_code == 200
+    assert post_debit(service, users[0], item_id, "warms-up").status_code == 200
     with ThreadPoolExecutor(held) as clients:
         with locked(migrated_port, *stuck):
-            waiting = [clients.submit(post, service, user, item_id, "stuck") for user in stuck]
+            waiting = [
+                clients.submit(post_debit, service, user, item_id, "stuck") for user in stuck
+            ]
             time.sleep(0.5)  # until their calls are under way
             with ThreadPoolExecutor(16) as others:
                 seconds = list(others.map(lambda user: timed(service, user, item_id), users))
@@ -287,10 +326,11 @@ def test_held_rows_delay_nobody_else_however_many_they_are(
 
 def timed(service: httpx.Client, user_id: int, item_id: UUID) -> float:
     started = time.monotonic()
-    assert post(service, user_id, item_id, str(uuid4())).status_code == 200
+    assert post_debit(service, user_id, item_id, str(uuid4())).status_code == 200
     return time.monotonic() - started
 
 
+@pytest.mark.alone
 def test_a_held_item_delays_only_its_own_buyers(
     start_service: Start, database: Database, migrated_port: int
 ) -> None:
@@ -300,7 +340,7 @@ def test_a_held_item_delays_only_its_own_buyers(
     with ThreadPoolExecutor(24) as clients:
         with psycopg.connect(database_url(migrated_port)) as somebody:
             somebody.execute('select from public."Items" where id = %s for update', (held,))
-            waiting = [clients.submit(post, service, user, held, "stuck") for user in buyers]
+            waiting = [clients.submit(post_debit, service, user, held, "stuck") for user in buyers]
             time.sleep(0.3)
             with ThreadPoolExecutor(12) as others:
                 seconds = list(others.map(lambda user: timed(service, user, free), users))
@@ -315,7 +355,7 @@ def test_a_connection_that_postgrest_should_not_have_kept_refuses_nobody_for_goo
     user_id, item_id = database.add_user(), database.add_item()
     service = start(start_service, gateway)
     gateway.faults = chain([fault] * 3, repeat(None))
-    assert post(service, user_id, item_id, "key").status_code == 200
+    assert post_debit(service, user_id, item_id, "key").status_code == 200
     assert database.debits(user_id) == [350]
 
 
@@ -325,15 +365,16 @@ def test_a_retry_after_an_earlier_success_is_a_replay_although_its_own_response_
     user_id, item_id, poor = database.add_user(), database.add_item(), database.add_user(0)
     service = start(start_service, gateway)
     for user in (user_id, poor):
-        first = post(service, user, item_id, "key")
+        first = post_debit(service, user, item_id, "key")
         gateway.faults = chain(["closed instead of the answer"], repeat(None))
-        again = post(service, user, item_id, "key")
+        again = post_debit(service, user, item_id, "key")
         assert again.status_code == first.status_code
         assert again.headers["idempotent-replayed"] == "true"
         assert "idempotent-replayed" not in first.headers
     assert database.debits(user_id) == [350]
 
 
+@pytest.mark.alone
 def test_lookups_do_not_delay_debits(
     start_service: Start, database: Database, migrated_port: int
 ) -> None:

@@ -2,27 +2,15 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 import httpx
 import pytest
+from client import ask_outcome, post_debit
 from database import Database
 from servers import RawServer
 
 Start = Callable[..., httpx.Client]
-
-
-def post_debit(
-    service: httpx.Client, user_id: int, item_id: UUID, key: str, **more: object
-) -> httpx.Response:
-    body = {"user_id": user_id, "item_id": str(item_id), **more}
-    return service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
-
-
-def ask_outcome(service: httpx.Client, user_id: object, key: str) -> httpx.Response:
-    return service.get(
-        "/payments/outcome", params={"user_id": str(user_id), "idempotency_key": key}
-    )
 
 
 def assert_replay(first: httpx.Response, again: httpx.Response) -> None:
@@ -61,7 +49,7 @@ def test_without_a_key_each_request_is_a_debit_of_its_own(
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
     for _ in range(2):
-        service.post("/payments/debit", json={"user_id": user_id, "item_id": str(item_id)})
+        post_debit(service, user_id, item_id)
     assert database.debits(user_id) == [350, 350]
 
 
@@ -103,16 +91,19 @@ def test_every_decline_is_replayed_although_it_would_go_through_now(
     execute = database.connection.execute
     poor, inactive, user_id = database.add_user(0), database.add_user(active=False), 0
     user_id, item_id = database.add_user(), database.add_item(350)
-    wishes: list[tuple[int, dict[str, object]]] = [
-        (poor, {}),
-        (inactive, {}),
-        (user_id, {"expected_price": 300}),
-    ]
-    firsts = [post_debit(service, user, item_id, "key", **more) for user, more in wishes]
+    debits = [(poor, None), (inactive, None), (user_id, 300)]
+
+    def post_all() -> list[httpx.Response]:
+        return [
+            post_debit(service, user, item_id, "key", expected_price=price)
+            for user, price in debits
+        ]
+
+    firsts = post_all()
     execute('update public."Users" set balance = 9999 where card_id = %s', (poor,))
     execute('update public."Users" set active = true where card_id = %s', (inactive,))
     execute('update public."Items" set price = 300 where id = %s', (item_id,))
-    agains = [post_debit(service, user, item_id, "key", **more) for user, more in wishes]
+    agains = post_all()
 
     assert [first.json()["code"] for first in firsts] == [
         "insufficient_funds",

@@ -48,14 +48,13 @@ def test_the_keys_are_asked_for_once(service: httpx.Client, issuer: Issuer) -> N
 
 def test_unknown_keys_cause_one_refresh_and_no_storm(service: httpx.Client, issuer: Issuer) -> None:
     assert code(ask(service, make_token())) == LET_IN
-    started = time.monotonic()
+    tokens = [make_token("unknown", sub=str(number)) for number in range(40)]
     with ThreadPoolExecutor(20) as pool:
-        answers = list(pool.map(lambda _: ask(service, make_token("unknown")), range(40)))
+        answers = list(pool.map(lambda token: ask(service, token), tokens))
     assert {(answer.status_code, code(answer)) for answer in answers} == {(401, "unauthenticated")}
     assert "does not publish" in answers[0].json()["detail"]
-    assert (
-        2 <= issuer.calls <= 2 + int(time.monotonic() - started)
-    )  # on a slow machine one a second
+    # Those who come while a response is on its way share another: it may be older than their key.
+    assert issuer.calls in (2, 3)
 
 
 def test_made_up_keys_wait_for_one_refresh_a_second(service: httpx.Client, issuer: Issuer) -> None:
@@ -125,6 +124,18 @@ async def opened(url: str, **limits: Any) -> AsyncIterator[IssuerKeys]:
         await keys.close()
 
 
+def test_requests_at_a_time_that_name_an_unknown_key_share_one_refresh(issuer: Issuer) -> None:
+    async def use_keys() -> None:
+        async with opened(issuer.url) as keys:
+            assert await keys.get("first") is not None
+            assert await asyncio.gather(*(keys.get("unknown") for _ in range(40))) == [None] * 40
+            assert issuer.calls == 2
+            assert await keys.get("unknown") is None
+            assert issuer.calls == 2
+
+    asyncio.run(use_keys())
+
+
 @asynccontextmanager
 async def kept_fresh(keys: IssuerKeys) -> AsyncIterator[None]:
     refreshing = asyncio.create_task(keys.keep_fresh())
@@ -151,6 +162,7 @@ def test_a_withdrawn_key_ends_with_the_next_refresh_although_nobody_calls(issuer
     asyncio.run(use_keys())
 
 
+@pytest.mark.alone
 def test_nobody_waits_for_a_known_key_while_the_issuer_is_silent() -> None:
     with HeldIssuer() as issuer:
 
@@ -190,6 +202,7 @@ def test_a_key_that_did_not_change_is_the_same_object_after_a_refresh(issuer: Is
     asyncio.run(use_keys())
 
 
+@pytest.mark.alone
 def test_callers_are_told_at_once_for_a_second_that_the_issuer_failed() -> None:
     async def use_keys(url: str) -> None:
         async with opened(url, timeout_seconds=0.2) as keys:

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
+from client import ask_outcome, connect, post_debit
 from database import Database, locked
 from prometheus_client.parser import text_string_to_metric_families
-from servers import RawServer, service_process
+from servers import RawServer, await_true, service_process
 
 from app import __version__
 from app.outcomes import OUTCOME_ERRORS
@@ -25,7 +26,7 @@ def running(
     settings = {"DEBITS_WAITING_MAX": str(waiting_max), "DEBIT_BATCH_SIZE_MAX": "64"}
     with (
         service_process(supabase_url, products_url, **settings) as (_, url),  # type: ignore[arg-type]  # texts
-        httpx.Client(base_url=url, timeout=30, limits=httpx.Limits(max_connections=100)) as client,
+        connect(url) as client,
     ):
         yield client
 
@@ -47,10 +48,8 @@ def read(service: httpx.Client) -> Samples:
     }
 
 
-def debit(service: httpx.Client, user_id: int, item_id: object, key: str = "") -> int:
-    headers = {"Idempotency-Key": key} if key else {}
-    body = {"user_id": user_id, "item_id": str(item_id)}
-    return service.post("/payments/debit", json=body, headers=headers).status_code
+def debit(service: httpx.Client, user_id: int, item_id: object, key: str | None = None) -> int:
+    return post_debit(service, user_id, item_id, key).status_code
 
 
 def test_debits_are_counted_by_outcome_with_their_amount_and_replays_apart(
@@ -93,8 +92,8 @@ def test_a_caller_who_hangs_up_before_the_request_is_whole_is_no_fault_of_the_se
     with socket.create_connection(address) as caller:
         caller.sendall(b"POST /payments/debit HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
     name = "http_request_duration_seconds_count"
-    while (name, "POST", "/payments/debit", "499") not in (samples := read(service)):
-        pass
+    await_true(lambda: (name, "POST", "/payments/debit", "499") in read(service))
+    samples = read(service)
     assert samples["payment_debits_total", "internal_error"] == 0
 
 
@@ -136,8 +135,7 @@ def test_calls_to_the_dependencies_are_counted_by_outcome(
     user_id, item_id = database.add_user(), database.add_item()
     debit(service, user_id, item_id, "a")
     debit(service, user_id, "00000000-0000-4000-8000-00000000dead")
-    query = {"user_id": str(user_id), "idempotency_key": "a"}
-    service.get("/payments/outcome", params=query)
+    ask_outcome(service, user_id, "a")
     samples = read(service)
     name = "payment_dependency_call_duration_seconds_count"
     assert samples[name, "ledger", "debit_use", "ok"] >= 1
@@ -182,13 +180,15 @@ def test_what_waits_and_what_is_refused_is_shown_while_the_ledger_is_stuck(
         with ThreadPoolExecutor(5) as pool:
             with locked(migrated_port, users[1]):
                 stuck = [pool.submit(debit, service, users[1], item_id) for _ in range(5)]
-                while read(service)["payment_debits_waiting",] < 5:
-                    pass
+                await_true(lambda: read(service)["payment_debits_waiting",] == 5)
+                lane = str(users[1] % 2)
+                # One is with the ledger.
+                await_true(lambda: read(service)["payment_lane_depth", lane] == 4)
                 assert debit(service, users[2], item_id) == 503
                 samples = read(service)
             assert {one.result() for one in stuck} == {200}
     assert samples["payment_debits_total", "overloaded"] == 1
-    assert samples["payment_lane_depth", str(users[1] % 2)] == 4  # one is with the ledger
+    assert samples["payment_lane_depth", lane] == 4
 
 
 def test_it_tells_what_runs_and_whether_it_is_ready(service: httpx.Client) -> None:

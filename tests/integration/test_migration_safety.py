@@ -8,6 +8,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 from database import create_database
+from servers import await_true
 from shapes import COFFEE, DEFINER_VIEW, OWN_FUNCTION, ROWS_BEFORE, TABLES
 
 from devstack.postgres import SUPABASE_DIRECTORY, apply_migrations, database_url
@@ -105,8 +106,10 @@ def test_a_writer_in_another_order_of_tables_does_not_fail(url: str) -> None:
             "'public.\"Transaction_History\"'::regclass)"
         )
         with psycopg.connect(url, autocommit=True) as observer:
-            while observer.execute(waiting.encode()).fetchone() != (True,):
-                assert not migrating.done()
+            await_true(
+                lambda: migrating.done() or observer.execute(waiting.encode()).fetchone() == (True,)
+            )
+            assert not migrating.done()
         writer.execute('update public."Users" set balance = balance - 350 where card_id = 1001')
         writer.execute(
             'insert into public."Transaction_History" (user_id, item, amount_delta) '

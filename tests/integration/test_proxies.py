@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import httpx
 import pytest
+from client import post_debit
 from database import Database
 from issuer import LET_IN, ask, code, make_token
 from servers import RawServer, SocketServer, http_answer
@@ -59,8 +60,7 @@ def test_supabase_is_called_through_the_proxy(
     with Proxy(gateway_url) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         service = start_service(supabase_url=f"http://{OUTSIDE}")
-        body = {"user_id": user_id, "item_id": str(item_id)}
-        assert service.post("/payments/debit", json=body).status_code == 200
+        assert post_debit(service, user_id, item_id).status_code == 200
     assert set(proxy.hosts) == {OUTSIDE}
 
 
@@ -79,14 +79,14 @@ def test_the_issuers_keys_are_fetched_through_the_proxy(
 def test_a_proxy_that_does_not_connect_has_not_charged(
     start_service: Start, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    user_id, item_id = database.add_user(), database.add_item()
     with RawServer(http_answer("403 Forbidden", b"no")) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         service = start_service(supabase_url=f"https://{OUTSIDE}")
-        assert code(service.post("/payments/debit", json=body)) == "ledger_unavailable"
+        assert code(post_debit(service, user_id, item_id)) == "ledger_unavailable"
     assert proxy.requests[0].startswith(f"CONNECT {OUTSIDE}:443 ".encode())
     service = start_service(supabase_url=f"https://{OUTSIDE}")  # now it is down
-    assert code(service.post("/payments/debit", json=body)) == "ledger_unavailable"
+    assert code(post_debit(service, user_id, item_id)) == "ledger_unavailable"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from uuid import uuid4
 import httpx
 import psycopg
 import pytest
+from client import post_debit
 from database import Database, create_database
 from postgrest.exceptions import APIError
 from psycopg import errors
@@ -27,7 +28,6 @@ from devstack.server_account import server_account
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 USER, OTHER_USER, POOR_USER = 1, 2, 3
 # Which SQL of the document: the second under "By user", and all under "By time".
-KEPT_PLANS = 1
 BY_TIME, NEXT_YEAR, LATE_YEAR, CHECK_BEFORE, DROP_CHECK = range(5)
 
 Start = Callable[..., httpx.Client]
@@ -200,13 +200,6 @@ def test_a_ledger_partitioned_by_user_may_be_migrated_again(ledger: Ledger) -> N
     assert ledger.database.audit() == []
 
 
-def test_debits_go_on_in_a_ledger_by_user_whose_plans_are_kept(ledger: Ledger) -> None:
-    ledger.owner.execute(statements("By user"))
-    ledger.spend("before")
-    ledger.owner.execute(statements("By user", KEPT_PLANS))
-    ledger.spend("after")
-
-
 def by_time(number: int) -> str:
     return statements("By time", number)
 
@@ -340,13 +333,10 @@ def test_users_move_to_another_database_with_their_keys_and_declines(
 def test_two_services_charge_once_under_one_key(start_service: Start, database: Database) -> None:
     services = [start_service(), start_service()]
     user_id, item_id = database.add_user(5000), database.add_item(350)
-    debit = {"user_id": user_id, "item_id": str(item_id)}
 
     def post(number: int) -> httpx.Response:
         key = f"purchase-{number // 2}"  # each goes to both services
-        return services[number % 2].post(
-            "/payments/debit", json=debit, headers={"Idempotency-Key": key}
-        )
+        return post_debit(services[number % 2], user_id, item_id, key)
 
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(post, range(20)))

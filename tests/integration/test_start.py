@@ -6,14 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 from database import Database
-from servers import RawServer, await_ready, free_port, service_process
+from servers import RawServer, await_health, await_ready, await_true, free_port, service_process
 
 from app.server import listen
 
@@ -55,21 +54,12 @@ def test_by_default_it_listens_on_ipv4_and_ipv6(gateway_url: str, products_url: 
         [sys.executable, "-m", "app", "--port", str(port)], env=environment, cwd=ROOT / "tests"
     ) as process:
         try:
-            await_health(port)
+            await_health(f"http://127.0.0.1:{port}")
             for host in ("127.0.0.1", *(["[::1]"] if has_ipv6() else [])):
                 assert httpx.get(f"http://{host}:{port}/health").status_code == 200
         finally:
             process.send_signal(signal.SIGTERM)
     assert process.returncode in (0, -signal.SIGTERM)
-
-
-def await_health(port: int) -> None:
-    while True:
-        try:
-            httpx.get(f"http://127.0.0.1:{port}/health")
-        except httpx.HTTPError:
-            continue
-        return
 
 
 def test_a_request_that_is_cut_off_at_the_end_is_one_line_and_no_traceback(
@@ -90,10 +80,10 @@ def test_a_request_that_is_cut_off_at_the_end_is_one_line_and_no_traceback(
             ) as process,
             ThreadPoolExecutor() as pool,
         ):
-            await_health(port)
+            await_health(address)
             debit = pool.submit(httpx.post, f"{address}/payments/debit", json=body, timeout=30)
-            while not any(str(body["item_id"]).encode() in one for one in gateway.requests):
-                time.sleep(0.01)
+            sent = str(body["item_id"]).encode()
+            await_true(lambda: any(sent in one for one in gateway.requests))
             process.send_signal(signal.SIGTERM)
             process.wait(15)
             response = debit.result()
@@ -116,7 +106,7 @@ def test_the_query_of_a_handshake_is_not_logged_by_another_start_either(tmp_path
             stderr=file,
         ) as process,
     ):
-        await_health(port)
+        await_health(f"http://127.0.0.1:{port}")
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(
                 b"GET /payments/outcome?idempotency_key=secret HTTP/1.1\r\nHost: x\r\n"

@@ -7,8 +7,9 @@ from typing import Any
 
 import httpx
 import pytest
+from client import connect, post_debit
 from database import Database
-from servers import RawServer, make_settings, served
+from servers import RawServer, await_ready, await_true, make_settings, served
 from starlette.requests import Request
 
 from app.errors import PROBLEMS
@@ -31,9 +32,8 @@ def test_health_needs_no_dependency(start_service: Callable[..., httpx.Client]) 
 
 
 def test_ready_once_the_ledger_has_answered(service: httpx.Client) -> None:
+    await_ready(service.base_url)
     response = service.get("/ready")
-    while response.status_code != 200:
-        response = service.get("/ready")
     assert response.json()["status"] == "ready"
     assert response.json()["dependencies"]["ledger"] == "ok"
 
@@ -48,8 +48,7 @@ def test_a_missing_migration_never_becomes_ready(
     url = database_url(postgres_port, role="authenticator", database="unmigrated")
     with served(create_gateway(url, JWT_SECRET)) as gateway_url:
         service = start_service(supabase_url=gateway_url)
-        while "not ready" not in caplog.text:
-            service.get("/health")
+        await_true(lambda: "not ready" in caplog.text)
         response = service.get("/ready")
     assert response.status_code == 503
     assert response.json() == {
@@ -67,9 +66,8 @@ def test_an_outage_after_the_start_does_not_turn_readiness_off(
     gateway = create_gateway(database_url(migrated_port, role="authenticator"), JWT_SECRET)
     with served(gateway) as gateway_url:
         service = start_service(supabase_url=gateway_url)
-        while service.get("/ready").status_code != 200:
-            pass
-    debit = service.post("/payments/debit", json={"user_id": user_id, "item_id": str(item_id)})
+        await_ready(service.base_url)
+    debit = post_debit(service, user_id, item_id)
     ready = service.get("/ready")
     assert debit.json()["code"] in ("ledger_unavailable", "outcome_unknown")
     assert ready.status_code == 200
@@ -101,11 +99,7 @@ def test_the_trace_context_reaches_both_dependencies(
         service = start_service(
             supabase_url=gateway.url, products_service_url=products.url, request_timeout_seconds=1
         )
-        service.post(
-            "/payments/debit",
-            json={"user_id": 1, "item_id": item},
-            headers={"traceparent": TRACEPARENT},
-        )
+        post_debit(service, 1, item, headers={"traceparent": TRACEPARENT})
     debits = [request for request in gateway.requests if item.encode() in request]
     assert products.requests
     assert debits
@@ -132,7 +126,7 @@ def broken_service() -> Iterator[httpx.Client]:
         raise RuntimeError("secret detail")
 
     service.add_api_route("/broken", fail)
-    with served(service) as url, httpx.Client(base_url=url) as client:
+    with served(service) as url, connect(url) as client:
         yield client
 
 

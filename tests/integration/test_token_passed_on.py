@@ -8,8 +8,9 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from client import code_of, post_debit
 from database import Database
-from issuer import Issuer, Start, code, make_token, start
+from issuer import Issuer, Start, make_token, start
 from servers import RawServer, SocketServer, http_answer, service_process
 
 
@@ -36,12 +37,12 @@ class Guarded(SocketServer):
 def test_the_token_is_passed_on_to_the_products_service_and_not_to_the_ledger(
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
-    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    user_id, item_id = database.add_user(), database.add_item()
     token = make_token()
     with Guarded() as products, RawServer(b"") as gateway:
         service = start(start_service, issuer, products_service_url=products.url)
         headers = {"Authorization": f"Bearer {token}"}
-        assert service.post("/payments/debit", json=body, headers=headers).status_code == 200
+        assert post_debit(service, user_id, item_id, headers=headers).status_code == 200
         assert products.authorizations == [f"Bearer {token}"]
         service = start(
             *(start_service, issuer),
@@ -49,7 +50,7 @@ def test_the_token_is_passed_on_to_the_products_service_and_not_to_the_ledger(
             supabase_url=gateway.url,
             request_timeout_seconds=1,
         )
-        service.post("/payments/debit", json=body, headers=headers)
+        post_debit(service, user_id, item_id, headers=headers)
     assert gateway.requests
     assert all(token.encode() not in request for request in gateway.requests)
 
@@ -58,40 +59,35 @@ def test_a_token_that_the_products_service_refuses_is_forbidden_to_its_caller_al
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
     refused, good = make_token(sub="refused"), make_token(sub="good")
-    bodies = [
-        {"user_id": database.add_user(), "item_id": item_id}
-        for item_id in [str(database.add_item()) for _ in range(4)]
-        for _ in range(4)
-    ]
+    items = [database.add_item() for _ in range(4)]
+    debits = [(database.add_user(), item_id) for item_id in items for _ in range(4)]
     with Guarded(refused) as products:
         service = start(start_service, issuer, products_service_url=products.url)
 
         def debit(number: int) -> str:
             token = refused if number % 2 else good
             headers = {"Authorization": f"Bearer {token}"}
-            answer = service.post("/payments/debit", json=bodies[number], headers=headers)
-            return "charged" if answer.status_code == 200 else code(answer)
+            return code_of(post_debit(service, *debits[number], headers=headers))
 
         assert debit(1) == "forbidden"
-        with ThreadPoolExecutor(len(bodies)) as pool:
-            told = list(pool.map(debit, range(len(bodies))))
-    assert set(told[::2]) == {"charged"}
-    assert set(told[1::2]) <= {"forbidden", "charged"}  # a known item is known to all
+        with ThreadPoolExecutor(len(debits)) as pool:
+            told = list(pool.map(debit, range(len(debits))))
+    assert set(told[::2]) == {"debited"}
+    assert set(told[1::2]) <= {"forbidden", "debited"}  # a known item is known to all
 
 
 def test_a_retry_is_answered_although_the_products_service_refuses_the_token(
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
-    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
-    first, second = make_token(sub="first"), make_token(sub="second")
+    user_id, item_id = database.add_user(), database.add_item()
+    first, second = make_token(jti="first"), make_token(jti="second")
     with Guarded(refused=second) as products:
         settings = {"products_service_url": products.url, "products_cache_seconds": 0}
         service = start(start_service, issuer, **settings)
         answers = [
-            service.post(
-                "/payments/debit",
-                json=body,
-                headers={"Authorization": f"Bearer {token}", "Idempotency-Key": "coffee"},
+            post_debit(
+                *(service, user_id, item_id, "coffee"),
+                headers={"Authorization": f"Bearer {token}"},
             )
             for token in (first, second)
         ]
@@ -152,7 +148,7 @@ def test_a_refusal_of_the_services_own_token_is_not_the_callers_fault(
         ) as (_, url),
     ):
         answer = httpx.post(f"{url}/payments/debit", json=body)
-        assert (answer.status_code, code(answer)) == (503, "products_unavailable")
+        assert (answer.status_code, code_of(answer)) == (503, "products_unavailable")
         assert "retry-after" in answer.headers
         assert SERVICE_TOKEN not in answer.text
     told = log.read_text()

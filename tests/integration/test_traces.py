@@ -11,10 +11,18 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from client import ask_outcome, connect, post_debit
 from database import Database, refusing
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
-from servers import SocketServer, free_port, http_answer, served, service_process
+from servers import (
+    SocketServer,
+    await_true,
+    free_port,
+    http_answer,
+    served,
+    service_process,
+)
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from devstack.gateway import create_gateway
@@ -45,13 +53,11 @@ class Collector(SocketServer):
 
     def await_spans(self, route: str, count: int) -> list[Span]:
         """Wait for the spans of so many requests; their calls' have come with or before them."""
-        deadline = time.monotonic() + 10
-        while True:
-            found = [span for span in self.spans if span.name == route]
-            if len(found) >= count:
-                return found
-            assert time.monotonic() < deadline, f"{len(found)} of {count}"
-            time.sleep(0.02)
+        await_true(lambda: len(self._found(route)) >= count)
+        return self._found(route)
+
+    def _found(self, route: str) -> list[Span]:
+        return [span for span in self.spans if span.name == route]
 
 
 class Watched:
@@ -84,7 +90,7 @@ def traced(postgres_port: int, collector_url: str) -> Iterator[tuple[httpx.Clien
         served(watched) as supabase_url,
         served(products) as products_url,
         service_process(supabase_url, products_url, **settings) as (process, url),  # type: ignore[arg-type]  # texts
-        httpx.Client(base_url=url, timeout=30, limits=httpx.Limits(max_connections=100)) as client,
+        connect(url) as client,
     ):
         yield client, watched
         process.terminate()
@@ -94,11 +100,10 @@ def traced(postgres_port: int, collector_url: str) -> Iterator[tuple[httpx.Clien
 def test_a_debit_is_one_trace_from_the_caller_to_both_dependencies(
     migrated_port: int, database: Database
 ) -> None:
-    item_id = str(database.add_item())
-    body = {"user_id": database.add_user(), "item_id": item_id}
+    user_id, item_id = database.add_user(), str(database.add_item())
     headers = {"traceparent": f"00-{TRACE_ID}-{CALLERS_SPAN}-01"}
     with Collector() as collector, traced(migrated_port, collector.url) as (service, watched):
-        assert service.post("/payments/debit", json=body, headers=headers).status_code == 200
+        assert post_debit(service, user_id, item_id, headers=headers).status_code == 200
         (request,) = collector.await_spans("POST /payments/debit", 1)
     of_trace = {span.name: span for span in collector.spans if span.trace_id.hex() == TRACE_ID}
     assert set(of_trace) == {"POST /payments/debit", "products get_item", "ledger debit_use"}
@@ -116,15 +121,14 @@ def test_a_debit_is_one_trace_from_the_caller_to_both_dependencies(
 def test_every_debit_of_a_batch_leads_to_the_call_that_carried_it(
     migrated_port: int, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(40)], str(database.add_item())
+    users, item_id = [database.add_user() for _ in range(40)], database.add_item()
     together = threading.Barrier(len(users))
 
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
 
         def debit(user_id: int) -> int:
             together.wait()
-            body = {"user_id": user_id, "item_id": item_id}
-            return service.post("/payments/debit", json=body).status_code
+            return post_debit(service, user_id, item_id).status_code
 
         with ThreadPoolExecutor(len(users)) as pool:
             assert set(pool.map(debit, users)) == {200}
@@ -138,26 +142,27 @@ def test_every_debit_of_a_batch_leads_to_the_call_that_carried_it(
 
 
 def test_a_failed_call_is_marked_in_the_trace(migrated_port: int, database: Database) -> None:
-    body = {"user_id": database.add_user(), "item_id": "00000000-0000-4000-8000-00000000dead"}
+    user_id, unknown_item = database.add_user(), uuid4()
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
-        assert service.post("/payments/debit", json=body).status_code == 404
+        assert post_debit(service, user_id, unknown_item).status_code == 404
         collector.await_spans("POST /payments/debit", 1)
     (call,) = [span for span in collector.spans if span.name == "products get_item"]
     assert call.status.code == call.status.STATUS_CODE_ERROR
     assert "ItemNotFound" in call.status.message
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("collector", ["gone", "silent"])
 def test_a_collector_that_fails_holds_up_nobody(
     migrated_port: int, database: Database, collector: str
 ) -> None:
-    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    user_id, item_id = database.add_user(), database.add_item()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = free_port() if collector == "gone" else silent.getsockname()[1]
         with traced(migrated_port, f"http://127.0.0.1:{port}") as (service, _):
             for _ in range(3):
                 started = time.monotonic()
-                assert service.post("/payments/debit", json=body).status_code == 200
+                assert post_debit(service, user_id, item_id).status_code == 200
                 assert time.monotonic() - started < 1
 
 
@@ -165,13 +170,13 @@ def test_no_span_holds_what_the_database_said_of_a_row(
     migrated_port: int, database: Database
 ) -> None:
     user_id, key = database.add_user(), f"refused-{uuid4()}"
-    body = {"user_id": user_id, "item_id": str(database.add_item())}
+    item_id = database.add_item()
     with (
         refusing(database, "Transaction_History", f"idempotency_key <> '{key}'"),
         Collector() as collector,
         traced(migrated_port, collector.url) as (service, _),
     ):
-        answer = service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
+        answer = post_debit(service, user_id, item_id, key)
         assert answer.json()["code"] == "ledger_rejected"
         collector.await_spans("POST /payments/debit", 1)
     told = "".join(map(str, collector.spans))
@@ -192,11 +197,13 @@ def test_requests_sent_at_once_on_a_connection_stay_in_their_own_traces(
     )
     with Collector() as collector, traced(migrated_port, collector.url) as (service, watched):
         address = (service.base_url.host, service.base_url.port)
-        with socket.create_connection(address) as caller:
+        with socket.create_connection(address, timeout=30) as caller:
             caller.sendall(requests.encode())
             answers = b""
             while answers.count(b"payment_not_found") < 4:  # twice in each
-                answers += caller.recv(65536)
+                part = caller.recv(65536)
+                assert part, "the connection ended before both answers"
+                answers += part
     heard = watched.traceparents["find_payment"]
     assert [one[3:35] for one in heard] == [TRACE_ID, others_id]
     assert heard[1] == traceparents[1]
@@ -204,11 +211,10 @@ def test_requests_sent_at_once_on_a_connection_stay_in_their_own_traces(
 
 def test_no_span_holds_the_callers_key_or_a_user(migrated_port: int, database: Database) -> None:
     user_id, key = database.add_user(), "key-of-the-caller"
-    body = {"user_id": user_id, "item_id": str(database.add_item())}
-    query = httpx.QueryParams(user_id=user_id, idempotency_key=key)
+    item_id = database.add_item()
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
-        charged = service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
-        assert service.get("/payments/outcome", params=query).json() == charged.json()
+        charged = post_debit(service, user_id, item_id, key)
+        assert ask_outcome(service, user_id, key).json() == charged.json()
         collector.await_spans("GET /payments/outcome", 1)
     told = "".join(map(str, collector.spans))
     assert "ledger find_payment" in told

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import httpx
+from client import post_debit
 from database import Database
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -37,9 +38,7 @@ def test_concurrent_debits_leave_a_history_that_can_have_been(
 
     def post(wish: Wish) -> httpx.Response:
         user, item, key = wish
-        body = {"user_id": users[user], "item_id": str(items[item])}
-        headers = {"Idempotency-Key": key} if key else {}
-        return service.post("/payments/debit", json=body, headers=headers)
+        return post_debit(service, users[user], items[item], key)
 
     with ThreadPoolExecutor(12) as clients:
         answers = list(clients.map(post, wishes))

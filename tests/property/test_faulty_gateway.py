@@ -7,6 +7,7 @@ from itertools import chain, cycle, repeat
 from uuid import uuid4
 
 import httpx
+from client import post_debit
 from database import Database
 from faulty_gateway import FAULTS, FaultyGateway
 from histories import HISTORIES, assert_happened
@@ -30,11 +31,10 @@ def test_nobody_is_told_something_false(
         service = start_service(
             supabase_url=gateway.url, request_timeout_seconds=1, call_timeout_seconds=0.3
         )
-        item_id = str(database.add_item(350))
+        item_id = database.add_item(350)
 
         def post(user_id: int, key: str) -> httpx.Response:
-            body = {"user_id": user_id, "item_id": item_id}
-            return service.post("/payments/debit", json=body, headers={"Idempotency-Key": key})
+            return post_debit(service, user_id, item_id, key)
 
         @settings(HISTORIES, max_examples=15)
         @given(faults=st.lists(st.sampled_from(COMING), min_size=1, max_size=4))

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import httpx
+from client import ask_outcome, post_debit
 from database import Database
 from histories import CHANGE, EARLIER, HISTORIES, USER, WISH, Change, History, Wish, assert_happened
 from hypothesis import given, settings
@@ -79,11 +80,10 @@ class Requests(History):
             self.switch_item(debit.item_id, is_active=True)
 
     def post(self, debit: Debit) -> None:
-        body: Body = {"user_id": debit.user_id, "item_id": str(debit.item_id)}
-        if debit.expected_price is not None:
-            body["expected_price"] = debit.expected_price
-        headers = {"Idempotency-Key": debit.key} if debit.key else {}
-        response = self.service.post("/payments/debit", json=body, headers=headers)
+        response = post_debit(
+            *(self.service, debit.user_id, debit.item_id, debit.key),
+            expected_price=debit.expected_price,
+        )
 
         answer, replayed = self.oracle.post(debit)
         self.count(answer, by="debit", replayed=replayed)
@@ -99,8 +99,7 @@ class Requests(History):
             self.bodies[answer] = told
 
     def ask(self, user_id: int | None, key: str | None) -> None:
-        query = {"user_id": str(user_id), "idempotency_key": str(key)}
-        response = self.service.get("/payments/outcome", params=query)
+        response = ask_outcome(self.service, user_id, str(key))
 
         answer = self.oracle.find(user_id, key)
         self.count(answer, by="lookup")

@@ -87,7 +87,7 @@ class Lane:
 def test_who_is_told_not_charged_when_a_row_was_held_is_not_charged_afterwards() -> None:
     async def let_the_deadline_pass_as_the_answer_comes() -> None:
         lane = Lane()
-        await lane.begin(seconds=0.1)
+        await lane.begin(seconds=0.5)
         asyncio.get_running_loop().call_at(
             lane.deadline - 0.001, lane.ledger.batch.set_result, None
         )
