@@ -40,7 +40,7 @@ bench: $(INSTALLED) ## Measure the service beside its peers with wrk; ARGS="--se
 audit: $(INSTALLED) ## See whether a ledger adds up; the variable DATABASE_URL names another than the dev stack's
 	@$(BIN)/python -m devstack.audit
 
-check-database: $(INSTALLED) ## See what keeps a database from being migrated: DATABASE_URL=postgresql://...
+check-database: $(INSTALLED) ## See what keeps a database from being migrated; the variable DATABASE_URL names it
 	@$(BIN)/python -m devstack.check_database
 
 lint: $(INSTALLED) ## Check style, of Python and SQL

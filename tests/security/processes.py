@@ -29,7 +29,7 @@ class Process(NamedTuple):
         """Send a request on a connection of its own; return the status of the response."""
         with self.connect() as connection:
             connection.sendall(sent)
-            return int(connection.recv(65536).split()[1])
+            return read_status(connection)
 
     def processor_seconds(self) -> float:
         """Return how long its main thread has run."""
@@ -42,6 +42,21 @@ class Process(NamedTuple):
 
     def logged(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+def read_status(connection: socket.socket) -> int:
+    """Read one whole response; return its status, or raise EOFError if there is none."""
+    with connection.makefile("rb", buffering=0) as stream:
+        start = stream.readline()
+        if not start:
+            raise EOFError
+        length = 0
+        while (line := stream.readline()) not in (b"\r\n", b""):
+            name, _, value = line.partition(b":")
+            length = int(value) if name == b"content-length" else length
+        while length > 0 and (data := stream.read(length)):
+            length -= len(data)
+    return int(start.split()[1])
 
 
 @contextmanager

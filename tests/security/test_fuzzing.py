@@ -17,10 +17,10 @@ from security.processes import Process, logging_process
 
 SEED = int(os.environ.get("FUZZING_SEED", "13"))
 CONNECTIONS = 2500
-AT_ONCE = 100
+AT_ONCE = 50
 SILENCE_SECONDS = 0.3  # after which no further response is expected
 GROWTH_MEBIBYTES_MAX = 15
-HEALTH_SECONDS_MAX = 1.0
+HEALTH_SECONDS_MAX = 2.0
 
 STATUS_LINE = re.compile(rb"HTTP/1\.1 (\d{3}) [ -~]*")
 HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9a-z-]+): ([\t -~\x80-\xff]*)")
