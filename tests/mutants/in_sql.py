@@ -186,9 +186,9 @@ OF_BATCHES = (
         "answers[repeated[number]] := repeat_answers[1];",
     ),
     (
-        "a user's keys are those of everybody",
-        "      user_keys := '{}';\n",
-        "      user_keys := coalesce(user_keys, '{}');\n",
+        "a user's entries continue those of the user before",
+        "    if debit.user_id is distinct from last_entry.user_id then\n",
+        "    if last_entry.user_id is null then\n",
     ),
     (
         "only the first entry of a user changes the balance",
