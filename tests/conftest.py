@@ -24,6 +24,12 @@ from devstack.server_account import temporary_folder
 settings.register_profile("mutants", phases=[Phase.generate], database=None, derandomize=True)
 
 
+POSTGRES_PARAMETERS = (
+    # The data is thrown away; writing hundreds of databases to disk takes a minute.
+    *("fsync=off", "full_page_writes=off", "synchronous_commit=off"),
+    "jit=off",  # Debian's PostgreSQL 15 would compile queries of the catalog again and again
+)
+
 # The files that take longest, which start first, so that no worker is left alone with one.
 LONG_FILES = (
     "test_simulation.py",
@@ -49,8 +55,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def postgres_port() -> Iterator[int]:
     """A server with an empty database; not in pytest's folder, which only root may enter."""
     port = free_port()
-    # The data is thrown away; writing hundreds of databases to disk takes a minute.
-    with temporary_folder() as folder, running_postgres(folder / "postgres", port, "fsync=off"):
+    with (
+        temporary_folder() as folder,
+        running_postgres(folder / "postgres", port, *POSTGRES_PARAMETERS),
+    ):
         yield port
 
 

@@ -21,7 +21,7 @@ from app.server import listen, make_config
 from app.settings import Settings
 from devstack.keys import SERVICE_ROLE_KEY
 
-START_TIMEOUT_SECONDS = 30
+START_TIMEOUT_SECONDS = 60
 
 Value = TypeVar("Value")
 

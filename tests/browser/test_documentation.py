@@ -33,7 +33,7 @@ ARGUMENTS = [
     # Also on a machine with a network, no other than this one can be reached.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
-TIMEOUT_MILLISECONDS = 15_000
+TIMEOUT_MILLISECONDS = 30_000
 NOTE_VIOLATIONS = """
 addEventListener("securitypolicyviolation", (violation) => {
   console.error(`violation: ${violation.effectiveDirective} ${violation.blockedURI}`);

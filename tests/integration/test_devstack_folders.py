@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -45,10 +46,10 @@ def private_checkout(tmp_path: Path) -> Iterator[Path]:
 def test_it_runs_where_only_its_user_can_enter_and_under_any_umask(private_checkout: Path) -> None:
     data, ports = private_checkout / ".devstack", free_stack_ports()
     modes = [folder.stat().st_mode for folder in private_checkout.parents]
-    surroundings = {
+    surroundings: dict[str, Any] = {
         "cwd": private_checkout,
         "umask": 0o077,
-        "env": os.environ | {"LC_ALL": "POSIX", "HOME": "/nonexistent", "PYTHONPATH": "."},
+        "environment": {"LC_ALL": "POSIX", "HOME": "/nonexistent", "PYTHONPATH": "."},
     }
     for balance in (4650, 4300):
         with running_stack(data, ports, signal.SIGINT, **surroundings) as (_, printed):

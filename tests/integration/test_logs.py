@@ -53,7 +53,7 @@ def logged(gateway_url: str, products_url: str, tmp_path: Path) -> Callable[...,
             with httpx.Client(base_url=url) as client:
                 use(client)
             process.send_signal(signal.SIGTERM)
-            process.wait(10)
+            process.wait(30)
         return path.read_text()
 
     return run
@@ -181,7 +181,7 @@ def test_a_terminal_gets_lines_for_people(gateway_url: str, products_url: str) -
     with service_process(gateway_url, products_url, log=terminal) as (process, url):
         httpx.get(f"{url}/health")
         process.send_signal(signal.SIGTERM)
-        process.wait(10)
+        process.wait(30)
     os.close(terminal)
     text = b""
     try:
@@ -214,7 +214,7 @@ def test_wrong_settings_are_told_in_plain_text(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
     assert ended.returncode == 3

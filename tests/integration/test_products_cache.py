@@ -29,7 +29,7 @@ class Items(SocketServer):
 
     def _tell(self, connection: object, request: bytes) -> None:
         self.calls += 1
-        self.may_answer.wait(5)
+        self.may_answer.wait(30)
         item_id = request.split(b" ")[1].rsplit(b"/", 1)[1].decode()
         active = "true" if self.is_active else "false"
         body = f'{{"id": "{item_id}", "price": 350, "active": {active}}}'

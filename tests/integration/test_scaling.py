@@ -27,8 +27,13 @@ from devstack.server_account import server_account
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 USER, OTHER_USER, POOR_USER = 1, 2, 3
-# Which SQL of the document: the second under "By user", and all under "By time".
-BY_TIME, NEXT_YEAR, LATE_YEAR, CHECK_BEFORE, DROP_CHECK = range(5)
+# The document's pieces of SQL, each by a part that only it has.
+BY_USER = "partition by hash (user_id)"
+BY_TIME = "partition by range (created_at)"
+NEXT_YEAR = "create table ledger.history_2029 ("
+LATE_YEAR = "detach partition ledger.history_rest"
+CHECK_BEFORE = "not valid"
+DROP_CHECK = "drop constraint before_2028"
 
 Start = Callable[..., httpx.Client]
 
@@ -41,12 +46,12 @@ where exists (select from public."Transaction_History" where user_id = card_id)
 """
 
 
-def statements(heading: str, number: int = 0) -> str:
-    """One of the pieces of SQL under a heading of the document, counted from 0."""
-    section = DOCUMENT.read_text().split(f"\n### {heading}\n")[1].split("\n## ")[0]
-    found = re.findall(r"```sql\n(.*?)```", section.split("\n### ")[0], re.DOTALL)
+def statements(part: str) -> str:
+    """Return the document's piece of SQL that holds a part."""
+    pieces = re.findall(r"```sql\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    (found,) = [piece for piece in pieces if part in piece]
     later = datetime.now(UTC).year - 2026  # the document's years pass, and this has to outlive them
-    return re.sub(r"20(?:28|29|30)", lambda year: str(int(year[0]) + later), found[number])
+    return re.sub(r"20(?:28|29|30)", lambda year: str(int(year[0]) + later), found)
 
 
 class Ledger:
@@ -142,15 +147,15 @@ def ledger(new_database: Callable[[], str]) -> Iterator[Ledger]:
     ledger.service.close()
 
 
-both_ways = pytest.mark.parametrize("heading", ["By user", "By time"])
+both_ways = pytest.mark.parametrize("way", [BY_USER, BY_TIME], ids=["by user", "by time"])
 
 
 @both_ways
 def test_debits_go_on_and_keys_hold_after_the_ledger_is_partitioned(
-    ledger: Ledger, heading: str
+    ledger: Ledger, way: str
 ) -> None:
     before = ledger.spend("before")
-    ledger.owner.execute(statements(heading))
+    ledger.owner.execute(statements(way))
     outcomes = before | ledger.spend("after")
 
     for (key, user_id), outcome in outcomes.items():
@@ -163,21 +168,19 @@ def test_debits_go_on_and_keys_hold_after_the_ledger_is_partitioned(
 
 
 @both_ways
-def test_a_key_can_not_be_written_twice_in_a_partitioned_ledger(
-    ledger: Ledger, heading: str
-) -> None:
+def test_a_key_can_not_be_written_twice_in_a_partitioned_ledger(ledger: Ledger, way: str) -> None:
     ledger.debit("once")
-    ledger.owner.execute(statements(heading))
+    ledger.owner.execute(statements(way))
     with pytest.raises(errors.UniqueViolation):
         ledger.owner.execute("select ledger.append(%s, 'credit', 5, null, 'once')", (USER,))
 
 
 @both_ways
 def test_no_part_of_a_partitioned_ledger_can_be_changed_or_read_by_others(
-    ledger: Ledger, heading: str
+    ledger: Ledger, way: str
 ) -> None:
     ledger.debit("kept")
-    ledger.owner.execute(statements(heading))
+    ledger.owner.execute(statements(way))
     for table in ('public."Transaction_History"', *ledger.parts()):
         for change in (f"delete from {table}", f"update {table} set user_id = 2"):
             with pytest.raises(errors.RestrictViolation):
@@ -194,19 +197,15 @@ def test_no_part_of_a_partitioned_ledger_can_be_changed_or_read_by_others(
 
 
 def test_a_ledger_partitioned_by_user_may_be_migrated_again(ledger: Ledger) -> None:
-    ledger.owner.execute(statements("By user"))
+    ledger.owner.execute(statements(BY_USER))
     apply_migrations(ledger.url)
     assert ledger.debit("after")["outcome"] == "debited"
     assert ledger.database.audit() == []
 
 
-def by_time(number: int) -> str:
-    return statements("By time", number)
-
-
 def test_a_ledger_partitioned_by_time_gets_a_year_before_it_begins(ledger: Ledger) -> None:
-    ledger.owner.execute(by_time(BY_TIME))
-    ledger.owner.execute(by_time(NEXT_YEAR))
+    ledger.owner.execute(statements(BY_TIME))
+    ledger.owner.execute(statements(NEXT_YEAR))
     year = datetime.now(UTC).year + 3
     ledger.enter(f"{year}-01-01Z")
     assert ledger.entries(f"ledger.history_{year}") == 1
@@ -215,13 +214,13 @@ def test_a_ledger_partitioned_by_time_gets_a_year_before_it_begins(ledger: Ledge
 
 
 def test_a_year_that_has_begun_becomes_a_partition_with_its_entries(ledger: Ledger) -> None:
-    ledger.owner.execute(by_time(BY_TIME))
+    ledger.owner.execute(statements(BY_TIME))
     year = datetime.now(UTC).year + 3
     ledger.enter(f"{year}-01-01Z")
     with pytest.raises(errors.CheckViolation):  # the default partition has an entry of that year
-        ledger.owner.execute(by_time(NEXT_YEAR))
+        ledger.owner.execute(statements(NEXT_YEAR))
 
-    ledger.owner.execute(by_time(LATE_YEAR))
+    ledger.owner.execute(statements(LATE_YEAR))
     ledger.enter(f"{year}-12-31Z")
     ledger.enter(f"{year + 1}-01-01Z")
     assert ledger.entries(f"ledger.history_{year}") == 2
@@ -234,10 +233,10 @@ def test_a_year_that_has_begun_becomes_a_partition_with_its_entries(ledger: Ledg
 
 def test_what_there_is_may_be_checked_before_it_becomes_a_partition(ledger: Ledger) -> None:
     ledger.spend("before")
-    ledger.owner.execute(by_time(CHECK_BEFORE))
+    ledger.owner.execute(statements(CHECK_BEFORE))
     ledger.spend("between")
-    body, commit, rest = by_time(BY_TIME).rpartition("commit;")
-    ledger.owner.execute(body + by_time(DROP_CHECK) + commit + rest)
+    body, commit, rest = statements(BY_TIME).rpartition("commit;")
+    ledger.owner.execute(body + statements(DROP_CHECK) + commit + rest)
     ledger.spend("after")
     ledger.enter(f"{datetime.now(UTC).year + 2}-01-01Z")
     assert ledger.database.audit() == []

@@ -85,7 +85,7 @@ def test_a_request_that_is_cut_off_at_the_end_is_one_line_and_no_traceback(
             sent = str(body["item_id"]).encode()
             await_true(lambda: any(sent in one for one in gateway.requests))
             process.send_signal(signal.SIGTERM)
-            process.wait(15)
+            process.wait(30)
             response = debit.result()
     assert (response.status_code, response.json()["code"]) == (500, "internal_error")
     assert "the service stopped" in response.json()["detail"].lower()

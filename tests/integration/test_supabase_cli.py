@@ -15,7 +15,7 @@ from programs import find_program, unavailable
 from devstack.postgres import SUPABASE_DIRECTORY, database_url
 
 VERSION_0_1 = Path(__file__).parents[1] / "data" / "version-0.1"
-DATABASE_DOCUMENT = SUPABASE_DIRECTORY.parent / "docs" / "database.md"
+DATABASE = (SUPABASE_DIRECTORY.parent / "docs" / "database.md").read_text()
 CLI = "supabase@3.1.0"  # an npm package
 CLI_TIMEOUT_SECONDS = 180  # the first call downloads it
 
@@ -102,8 +102,9 @@ def test_a_project_of_version_0_1_is_upgraded_as_the_documentation_says(
     cli("db", "push", f"--remote={url}", "--yes", *old_files)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute('insert into public."Users" (card_id, balance) values (1001, 5000)')
-    repair, _ = re.findall(rf"^npx {CLI} (.*)$", DATABASE_DOCUMENT.read_text(), re.MULTILINE)
-    cli(*repair.split(), f"--remote={url}", "--yes")
+    repair = re.search(rf"^npx {CLI} (migration repair .*)$", DATABASE, re.MULTILINE)
+    assert repair is not None
+    cli(*repair[1].split(), f"--remote={url}", "--yes")
     cli("db", "push", "--include-seed", f"--remote={url}", "--yes")
     with psycopg.connect(url) as connection:
         assert connection.execute("select * from public.audit_ledger()").fetchall() == []

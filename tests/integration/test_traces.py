@@ -95,7 +95,7 @@ def traced(postgres_port: int, collector_url: str) -> Iterator[tuple[httpx.Clien
     ):
         yield client, watched
         process.terminate()
-        assert process.wait(10) in (0, -15)
+        assert process.wait(30) in (0, -15)
 
 
 def test_a_debit_is_one_trace_from_the_caller_to_both_dependencies(

@@ -45,7 +45,7 @@ def check_health(url: str) -> int:
     dead_proxy = {"http_proxy": f"http://127.0.0.1:{free_port()}", "no_proxy": ""}
     command = [sys.executable, "-I", "-S", "-c", code]
     return subprocess.run(
-        command, env=os.environ | dead_proxy, stderr=subprocess.DEVNULL, timeout=20, check=False
+        command, env=os.environ | dead_proxy, stderr=subprocess.DEVNULL, timeout=60, check=False
     ).returncode
 
 
