@@ -41,7 +41,9 @@ class Process(NamedTuple):
         return int(pages) * 4096 / 2**20
 
     def logged(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        """Return the complete lines of its log."""
+        lines = self.log.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_status(connection: socket.socket) -> int:

@@ -78,6 +78,7 @@ async def connect(stack: AsyncExitStack, url: str, count: int) -> list[Caller]:
     return [await stack.enter_async_context(Caller(url)) for _ in range(count)]
 
 
+@pytest.mark.alone
 def test_others_are_charged_while_1300_debits_of_one_user_are_sent(
     service_url: str, database: Database, migrated_port: int
 ) -> None:
