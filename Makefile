@@ -7,10 +7,11 @@ INSTALLED := .venv/installed
 TOOLS := .venv-tools/installed
 CHECKOV := .venv-checkov/installed
 IMAGE := .venv-image/installed
+BASE_IMAGE := python:3.11-slim
 
 .DEFAULT_GOAL := help
-.PHONY: help run test mutants simulate torture bench audit check-database lint types check manifests policies
-.PHONY: lock vulnerabilities sbom licences clean
+.PHONY: help run test mutants simulate torture attack bench audit check-database lint types check manifests policies
+.PHONY: lock pin-image vulnerabilities sbom licences clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | awk -F ':.*## ' '{printf "make %-15s %s\n", $$1, $$2}'
@@ -30,13 +31,16 @@ simulate: $(INSTALLED) ## Run the service on a virtual clock with faults; ARGS="
 torture: $(INSTALLED) ## Ten minutes of load with faults; ARGS="--minutes 1 --seed 7"
 	@PYTHONPATH=.:tests $(BIN)/python tests/torture.py $(ARGS)
 
+attack: $(INSTALLED) ## Ten minutes of attacks on the protocol, and the service's memory; ARGS="--minutes 1"
+	@PYTHONPATH=.:tests $(BIN)/python -m security.attack $(ARGS)
+
 bench: $(INSTALLED) ## Measure the service beside its peers with wrk; ARGS="--seconds 2"
 	@$(BIN)/python -m bench $(ARGS)
 
 audit: $(INSTALLED) ## See whether a ledger adds up; the variable DATABASE_URL names another than the dev stack's
 	@$(BIN)/python -m devstack.audit
 
-check-database: $(INSTALLED) ## See what keeps a database from being migrated: DATABASE_URL=postgresql://...
+check-database: $(INSTALLED) ## See what keeps a database from being migrated; the variable DATABASE_URL names it
 	@$(BIN)/python -m devstack.check_database
 
 lint: $(INSTALLED) ## Check style, of Python and SQL
@@ -55,11 +59,20 @@ manifests: ## Copy k8s/deployment.yaml to where the overlays can read it
 policies: $(INSTALLED) $(CHECKOV) ## Hold the manifests against checkov's policies
 	$(BIN)/python -m pytest -q tests/k8s/test_policies.py
 
-lock: $(TOOLS) ## Write requirements.lock: requirements.txt with the hashes of all files
-	echo '# What the image installs: requirements.txt with the hash of every file, by make lock.' > .venv-tools/lock
-	.venv-tools/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	  --no-header --no-annotate --no-emit-index-url requirements.txt >> .venv-tools/lock
-	mv .venv-tools/lock requirements.lock
+lock: $(TOOLS) ## Write each .lock: a list of requirements with all it needs and the hash of every file
+	@for list in requirements:3.11 requirements-dev:3.11 requirements-tools:3.11 requirements-checkov:3.11.5; do \
+	  name=$${list%:*}; \
+	  echo "# $$name.txt with all that it needs and the hash of every file, by make lock." > .venv-tools/lock && \
+	  .venv-tools/bin/uv pip compile --quiet --universal --python-version $${list#*:} --generate-hashes \
+	    --no-header --no-annotate --no-emit-index-url $$name.txt >> .venv-tools/lock && \
+	  mv .venv-tools/lock $$name.lock || exit 1; \
+	done
+
+pin-image: ## Write the digest of the newest base image into the Dockerfile (needs Docker and the internet)
+	@digest=$$(docker buildx imagetools inspect --format '{{.Manifest.Digest}}' $(BASE_IMAGE)) && \
+	  echo "$$digest" | grep -Eqx 'sha256:[0-9a-f]{64}' || { echo 'Docker did not tell the digest of $(BASE_IMAGE).' >&2; exit 1; }; \
+	  sed -E "s|^FROM $(BASE_IMAGE)(@[a-z0-9:]+)?|FROM $(BASE_IMAGE)@$$digest|" Dockerfile > Dockerfile.new && \
+	  mv Dockerfile.new Dockerfile && grep '^FROM' Dockerfile
 
 vulnerabilities: $(TOOLS) ## Look up the image's packages among known vulnerabilities (needs the internet)
 	.venv-tools/bin/python -m pip_audit --strict --require-hashes --disable-pip -r requirements.lock
@@ -79,7 +92,7 @@ clean: ## Delete what make has made: environments, the development database, cac
 	rm -rf .venv .venv-tools .venv-checkov .venv-image .devstack .coverage htmlcov sbom.json
 	rm -rf .mypy_cache .ruff_cache .pytest_cache
 
-$(INSTALLED): requirements.txt requirements-dev.txt
+$(INSTALLED): requirements-dev.lock
 	@command -v "$(PYTHON)" >/dev/null || { echo 'There is no program $(PYTHON). Install Python 3.11 or newer, or name it: make PYTHON=python3.12 ...' >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
 	@"$(PYTHON)" devstack/install.py
@@ -91,7 +104,7 @@ $(IMAGE): requirements.lock $(INSTALLED)
 	  --only-binary :all: --require-hashes -r requirements.lock
 	@touch $@
 
-$(TOOLS) $(CHECKOV): .venv-%/installed: requirements-%.txt
+$(TOOLS) $(CHECKOV): .venv-%/installed: requirements-%.lock
 	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet -r requirements-$*.txt
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet --require-hashes -r $<
 	@touch $@

@@ -1,5 +1,6 @@
 """Who may call: bearer tokens (RFC 6750) checked against the keys that their issuer publishes."""
 
+import hashlib
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ TYPES = (None, "jwt", "at+jwt", "application/at+jwt")
 OTHER_USES = {"typ": ("ID", "Refresh", "Offline", "Logout"), "token_use": ("id",)}
 CLAIMS_OF_OTHER_USES = ("at_hash", "c_hash", "events")
 ACCEPTED_MAX = 1_000  # tokens
+ACTOR_LENGTH_MAX = 120  # a longer name is stored as its hash
 
 UNKNOWN_KEY = "The token is signed with a key that the issuer does not publish"
 UNNAMED_KEY = "The token does not name its key (kid), and the issuer publishes more than one"
@@ -33,12 +35,20 @@ REASONS: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
 )
 
 
+class Caller(NamedTuple):
+    """Who sent a request: the token, and the name of its holder, if the token has one."""
+
+    token: str
+    actor: str | None
+
+
 class Accepted(NamedTuple):
     """What a token that was accepted stands on; `expires_at` is in seconds since 1970."""
 
     key_id: str | None
     keys: SameId
     expires_at: int
+    caller: Caller
 
 
 class Authentication:
@@ -58,8 +68,8 @@ class Authentication:
         self._required_role = required_role
         self._accepted: LRUCache[str, Accepted] = LRUCache(ACCEPTED_MAX)
 
-    async def authenticate(self, authorization: str | None) -> str:
-        """Check the token in an Authorization header, and return it.
+    async def authenticate(self, authorization: str | None) -> Caller:
+        """Check the token in an Authorization header, and return whose it is.
 
         Raises:
             Unauthenticated: there is none, or it is not valid.
@@ -67,7 +77,8 @@ class Authentication:
             AuthenticationUnavailable: it cannot be checked without keys that cannot be had now.
         """
         token = _read_token(authorization)
-        if not await self._was_accepted(token):
+        accepted = await self._find_accepted(token)
+        if accepted is None:
             key_id, algorithm = _read_header(token)
             keys = await self.keys.get(key_id)
             if keys is None:
@@ -77,20 +88,23 @@ class Authentication:
             if self._required_role is not None and self._required_role not in self._roles(claims):
                 raise Forbidden("The token lacks the role that payments need")
             expires_at = int(claims["exp"]) + LEEWAY_SECONDS
-            self._accepted[token] = Accepted(key_id, keys, expires_at)
-        return token
+            accepted = Accepted(key_id, keys, expires_at, Caller(token, read_actor(claims)))
+            self._accepted[token] = accepted
+        return accepted.caller
 
-    async def _was_accepted(self, token: str) -> bool:
-        """Tell whether a token was accepted before, and has not ended, nor its key.
+    async def _find_accepted(self, token: str) -> Accepted | None:
+        """Return a token that was accepted before, unless it or its key has ended.
 
         Checking one anew takes about as long as all else that is done for a debit here.
         """
         known = self._accepted.get(token)
-        return (
-            known is not None
-            and time.time() < known.expires_at
-            and await self.keys.get(known.key_id) is known.keys
-        )
+        if (
+            known is None
+            or time.time() >= known.expires_at
+            or await self.keys.get(known.key_id) is not known.keys
+        ):
+            return None
+        return known
 
     def _read_claims(self, token: str, keys: SameId, algorithm: str) -> Mapping[str, Any]:
         fitting = [key for key in keys if algorithm in key.algorithms]
@@ -157,6 +171,24 @@ class Authentication:
             for role in roles
             if isinstance(role, str)
         ]
+
+
+def read_actor(claims: Mapping[str, Any]) -> str | None:
+    """Name the holder of a token: a machine by its client, a person by client and subject.
+
+    A machine's token has no subject, or one that is derived from the client: the same name (RFC
+    9068), with the suffix of Auth0, or Keycloak's service account.
+    """
+    client = claims.get("azp") or claims.get("client_id")
+    subject = claims.get("sub")
+    if subject in (None, client, f"{client}@clients") or str(
+        claims.get("preferred_username")
+    ).startswith("service-account-"):
+        subject = None
+    name = "/".join(part for part in (client, subject) if isinstance(part, str) and part)
+    if len(name) > ACTOR_LENGTH_MAX or not (name.isascii() and name.isprintable()):
+        return "sha256:" + hashlib.sha256(name.encode(errors="replace")).hexdigest()
+    return name or None
 
 
 def _member(thing: object, name: str | None) -> object:

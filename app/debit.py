@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from uuid import uuid4
 
 from app import metrics
+from app.auth import Caller
 from app.errors import (
     Forbidden,
+    IdempotencyKeyReused,
     ItemInactive,
     ItemNotFound,
     LedgerUnavailable,
@@ -17,9 +19,10 @@ from app.errors import (
 )
 from app.group_commit import GroupCommit
 from app.ledger import Ledger
-from app.outcomes import Debited, KeyedDebit, Outcome
+from app.outcomes import Debited, KeyedDebit, Outcome, is_of
 from app.products import Products
 from app.schemas import DebitRequest
+from app.user_limits import UserTurns
 
 
 class Debits:
@@ -40,6 +43,7 @@ class Debits:
         self._waiting_max = waiting_max
         self._timeout_seconds = timeout_seconds
         self._waiting = 0
+        self._lookup_turns = UserTurns()
         metrics.WAITING.set_function(lambda: self._waiting)
         metrics.WAITING_MAX.set(waiting_max)
 
@@ -52,7 +56,7 @@ class Debits:
         debit: DebitRequest,
         callers_key: str | None,
         deadline: float,
-        token: str | None = None,
+        caller: Caller | None = None,
     ) -> Debited:
         """Charge the user for the item, if it is for sale and the ledger's rules allow it.
 
@@ -64,17 +68,27 @@ class Debits:
         self._waiting += 1
         try:
             with self._telling_how_long_to_wait():
-                return await self._debit(debit, callers_key, deadline, token)
+                return await self._debit(debit, callers_key, deadline, caller)
         finally:
             self._waiting -= 1
 
-    async def find_outcome(self, user_id: int, key: str, deadline: float) -> Outcome | None:
-        """Look up what was answered under a key; None if nothing is recorded.
+    async def find_outcome(
+        self, user_id: int, key: str, deadline: float, caller: Caller | None = None
+    ) -> Outcome | None:
+        """Return the outcome stored for an idempotency key, or None.
 
         Raises:
             LedgerUnavailable: it could not be looked up.
+            IdempotencyKeyReused: the key was used by another actor.
         """
         with self._telling_how_long_to_wait():
+            outcome = await self._find(user_id, key, deadline)
+        if outcome is not None and not is_of(outcome, _actor(caller)):
+            raise IdempotencyKeyReused
+        return outcome
+
+    async def _find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
+        async with self._lookup_turns.turn(user_id, deadline):
             return await self._ledger.find(user_id, key, deadline)
 
     @contextmanager
@@ -87,27 +101,38 @@ class Debits:
             raise
 
     async def _debit(
-        self, debit: DebitRequest, callers_key: str | None, deadline: float, token: str | None
+        self,
+        debit: DebitRequest,
+        callers_key: str | None,
+        deadline: float,
+        caller: Caller | None,
     ) -> Debited:
         try:
-            item = await self._products.get_item(debit.item_id, token)
+            item = await self._products.get_item(debit.item_id, caller and caller.token)
             if not item.active:
                 raise ItemInactive
         except (ItemNotFound, ItemInactive, ProductsUnavailable, Forbidden) as refusal:
             if callers_key is None:
                 raise
-            return _charged(await self._find_earlier(debit, callers_key, deadline, refusal))
-        sent = KeyedDebit(debit, callers_key or str(uuid4()), uuid4())
+            sent = KeyedDebit(debit, callers_key, uuid4(), _actor(caller))
+            return _charged(await self._find_earlier(sent, deadline, refusal))
+        attempt = uuid4()
+        # A key that is the attempt's id is generated; the ledger keeps its decline for a day.
+        sent = KeyedDebit(debit, callers_key or str(attempt), attempt, _actor(caller))
         return _charged(await self._group_commit.debit(sent, deadline))
 
     async def _find_earlier(
-        self, debit: DebitRequest, key: str, deadline: float, refusal: PaymentError
+        self, sent: KeyedDebit, deadline: float, refusal: PaymentError
     ) -> Outcome:
         """Find what a retry was answered the first time, although the item is refused now."""
-        earlier = await self._ledger.find(debit.user_id, key, deadline)
-        if earlier is None or not earlier.is_about(debit):
+        earlier = await self._find(sent.debit.user_id, sent.key, deadline)
+        if earlier is None or not earlier.is_about(sent.debit) or not is_of(earlier, sent.actor):
             raise refusal
         return earlier
+
+
+def _actor(caller: Caller | None) -> str | None:
+    return caller.actor if caller else None
 
 
 def _charged(outcome: Outcome) -> Debited:

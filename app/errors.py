@@ -69,7 +69,10 @@ class UnsupportedEncoding(PaymentError):
 class HeadersTooLarge(PaymentError):
     status, code = 431, "headers_too_large"
     title = "Headers too large"
-    meaning = "The request line and the headers are over 64 KiB."
+    meaning = (
+        "The request line and the headers are over 64 KiB, or there are more than 100 headers or "
+        "more than 1,000 percent-encoded characters in the address."
+    )
     advice = "Send fewer and shorter headers."
 
 
@@ -111,7 +114,7 @@ class UserNotFound(PaymentError):
 class IdempotencyKeyReused(PaymentError):
     status, code = 422, "idempotency_key_reused"
     title = "The idempotency key was used for another debit"
-    meaning = "This user has used the key before, with another item or expected price."
+    meaning = "The key was used for this user, with another item or price, or by another client."
     advice = "Make a new key for each new debit; keep it only to ask for the same one again."
 
 
@@ -167,7 +170,10 @@ class LedgerUnavailable(PaymentError):
 class Overloaded(PaymentError):
     status, code, headers = 503, "overloaded", RETRY_AFTER
     title = "Too many debits are waiting"
-    meaning = "More debits are waiting, or more connections are open, than the service allows."
+    meaning = (
+        "More debits, or more of this user, are waiting or more connections are open than the "
+        "service allows."
+    )
     advice = "Try again after the time in Retry-After."
 
 

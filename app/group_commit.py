@@ -22,11 +22,16 @@ from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown
 from app.ledger import NOT_DONE_SECONDS_MAX, Ledger, Repeats
 from app.outcomes import KeyedDebit, Outcome
 from app.tracing import act_for
+from app.user_limits import UserLimit
 
 LANES = 2
 # Requests above about 10 KB were seen to take 45 ms longer through nginx.
 BATCH_BYTES_MAX = 8 * 1024
-DEBIT_BYTES_MAX = 210  # names, two numbers of 19 digits, two UUIDs and punctuation
+# Of a debit in a request, beside its numbers and texts: names, two UUIDs and punctuation.
+DEBIT_BYTES = 111
+KEY_BYTES = 21
+PRICE_BYTES = 18
+ACTOR_BYTES = 11
 SINGLE_CALLS_MAX = 4
 # How long a lane waits for a single call, which may wait for a locked row, before it goes on.
 SINGLE_CALL_SECONDS_MAX = 0.05
@@ -48,6 +53,7 @@ class Waiting:
     outcome: asyncio.Future[Outcome] = field(default_factory=asyncio.Future)
     # A lane serves many requests; what it does for one is logged and traced as that one's.
     context: Context = field(default_factory=copy_context)
+    is_queued: bool = True  # until it is sent for the first time
     is_in_flight: bool = False
     is_perhaps_done: bool = False
 
@@ -65,10 +71,17 @@ class Waiting:
         return not self.is_perhaps_done and _now() - self.arrived > NOT_DONE_SECONDS_MAX
 
     @property
-    def size_bytes_max(self) -> int:
-        """Return its share of a request: its key, and the rest of a debit at its longest."""
-        key = self.sent.key
-        return len(key) + key.count("\\") + DEBIT_BYTES_MAX  # JSON doubles a backslash
+    def size_bytes(self) -> int:
+        """Return its share of a request."""
+        debit, key, _, actor = self.sent
+        size = DEBIT_BYTES + len(str(debit.user_id))
+        if not self.sent.has_generated_key:
+            size += KEY_BYTES + len(key) + key.count("\\")  # JSON doubles a backslash
+        if debit.expected_price is not None:
+            size += PRICE_BYTES + len(str(debit.expected_price))
+        if actor is not None:
+            size += ACTOR_BYTES + len(actor) + actor.count("\\") + actor.count('"')
+        return size
 
     def settle(self, answer: Outcome | BaseException) -> None:
         if self.outcome.done():
@@ -110,6 +123,7 @@ class GroupCommit:
         permits = _Permits(SINGLE_CALLS_MAX)
         self._lanes = [_Lane(ledger, batch_size_max, permits) for _ in range(LANES)]
         self._is_off = batch_size_max == 1
+        self._alone_of_users = UserLimit()
         for number, lane in enumerate(self._lanes):
             metrics.LANE_DEPTH.labels(number).set_function(lane.depth)
 
@@ -117,14 +131,16 @@ class GroupCommit:
         """Charge the user the item's price, once for each key of a user.
 
         Raises:
+            Overloaded: too many debits of this user wait.
             PaymentError: the ledger failed; the class says what that means for the debit.
         """
         if self._is_off:
-            return await self._ledger.debit(sent, deadline)
+            return await self._debit_alone(sent, deadline)
         if _now() >= deadline:
             raise LedgerUnavailable  # it was never sent
         waiting = Waiting(sent, deadline, _now())
-        self._lanes[waiting.user_id % LANES].add(waiting)
+        lane = self._lanes[waiting.user_id % LANES]
+        lane.enter_queue(waiting)
         try:
             async with asyncio.timeout_at(deadline):
                 return await waiting.outcome
@@ -132,6 +148,15 @@ class GroupCommit:
             if waiting.is_in_flight or waiting.is_perhaps_done:
                 raise OutcomeUnknown(idempotency_key=sent.key) from error
             raise LedgerUnavailable from error
+        finally:
+            lane.leave_queue(waiting)
+
+    async def _debit_alone(self, sent: KeyedDebit, deadline: float) -> Outcome:
+        self._alone_of_users.enter(sent.debit.user_id)
+        try:
+            return await self._ledger.debit(sent, deadline)
+        finally:
+            self._alone_of_users.leave(sent.debit.user_id)
 
 
 class _Lane:
@@ -142,6 +167,7 @@ class _Lane:
         self._batch_size_max = batch_size_max
         self._permits = permits
         self._queue: deque[Waiting] = deque()
+        self._queued_of_users = UserLimit()
         self._held: dict[int, _HeldUser] = {}
         self._skipped: list[Waiting] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -149,6 +175,15 @@ class _Lane:
 
     def depth(self) -> int:
         return len(self._queue) + sum(len(user.parked) for user in self._held.values())
+
+    def enter_queue(self, waiting: Waiting) -> None:
+        """Take a debit that has just arrived.
+
+        Raises:
+            Overloaded: too many of its user wait already.
+        """
+        self._queued_of_users.enter(waiting.user_id)
+        self.add(waiting)
 
     def add(self, waiting: Waiting) -> None:
         if self._is_parked(waiting):
@@ -176,7 +211,7 @@ class _Lane:
         size_bytes = 0
         while self._queue and len(batch) < self._batch_size_max:
             waiting = self._queue[0]
-            size_bytes += waiting.size_bytes_max
+            size_bytes += waiting.size_bytes
             if batch and size_bytes > BATCH_BYTES_MAX:
                 break
             self._queue.popleft()
@@ -210,7 +245,7 @@ class _Lane:
 
     async def _call(self, batch: list[Waiting]) -> list[Outcome | None]:
         for waiting in batch:
-            waiting.is_in_flight = True
+            self._mark_in_flight(waiting)
         try:
             return await self._ledger.debit_batch([waiting.sent for waiting in batch])
         except (LedgerUnavailable, LedgerRejected):
@@ -254,7 +289,7 @@ class _Lane:
     def _start_single(self, waiting: Waiting) -> asyncio.Task[None]:
         """Send a debit alone; its user's other debits are parked until it returns."""
         self._held.setdefault(waiting.user_id, _HeldUser(waiting))
-        waiting.is_in_flight = True  # from here on: its deadline may pass before the task begins
+        self._mark_in_flight(waiting)  # now: its deadline may pass before the task begins
         return self._start(self._run_single(waiting), waiting.context)
 
     async def _run_single(self, waiting: Waiting) -> None:
@@ -278,7 +313,7 @@ class _Lane:
         await asyncio.gather(*(settle_next_users() for _ in range(SPLIT_CALLS_MAX)))
 
     async def _settle_alone(self, waiting: Waiting) -> None:
-        waiting.is_in_flight = True
+        self._mark_in_flight(waiting)
         try:
             waiting.settle(
                 await self._ledger.debit(
@@ -289,6 +324,15 @@ class _Lane:
             waiting.settle(error)
         finally:
             self._release(waiting)
+
+    def _mark_in_flight(self, waiting: Waiting) -> None:
+        waiting.is_in_flight = True
+        self.leave_queue(waiting)
+
+    def leave_queue(self, waiting: Waiting) -> None:
+        if waiting.is_queued:
+            waiting.is_queued = False
+            self._queued_of_users.leave(waiting.user_id)
 
     def _give_up(self, waitings: Iterable[Waiting]) -> None:
         for waiting in list(waitings):

@@ -17,6 +17,8 @@ from app.errors import (
 )
 
 HEAD_BYTES_MAX = 64 * 1024  # request line and headers
+ESCAPES_MAX = 1000  # percent-encoded characters of path and query, which take long to decode
+HEADERS_MAX = 100
 HEAD_SECONDS_MAX = 10.0
 BODY_SECONDS_MAX = 12.0  # longer than the service itself waits before it responds with 408
 WRITE_SECONDS_MAX = 10.0  # without any progress, because the caller does not read
@@ -44,7 +46,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._reserved = False
         self._refused = False
         self._is_offer = False
-        self._head_bytes = 0  # of a head that is not complete yet
+        self._head_bytes = 0  # of a head, or of the trailers, that are not complete yet
         self._waiting = bytearray()  # received and not parsed yet
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -114,16 +116,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             reason = error.__context__
             self._refuse(reason if isinstance(reason, PaymentError) else MalformedRequest())
             return
-        cycle = self.cycle
-        if cycle is None or cycle.scope is not self.scope:
+        if self._is_in_head() or self.cycle.more_body:
             self._head_bytes += len(data)
-            if self._head_bytes > HEAD_BYTES_MAX + PIECE_BYTES_MAX:
+            if (
+                self._head_bytes > HEAD_BYTES_MAX + PIECE_BYTES_MAX
+                or len(self.headers or ()) > HEADERS_MAX
+            ):
                 self._refuse(HeadersTooLarge())
             else:
-                self._await_part(self.scope)
-        elif cycle.more_body:
-            self._head_bytes = 0
-            self._await_part(cycle)
+                self._await_part(self.scope if self._is_in_head() else self.cycle)
         elif self._read_timer is not None:
             self._head_bytes = 0
             self._await_part(COMPLETE)
@@ -150,11 +151,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._is_offer = self.parser.should_upgrade()
         if self._is_offer:
             return  # the parser stops now, and the head is parsed again without the offer
-        if self._head_bytes and self._head_size() > HEAD_BYTES_MAX:
+        if (
+            len(self.headers) > HEADERS_MAX
+            or self.url.count(b"%") > ESCAPES_MAX
+            or (self._head_bytes and self._head_size() > HEAD_BYTES_MAX)
+        ):
             raise HeadersTooLarge
         super().on_headers_complete()
+        self._head_bytes = 0
+        self.headers = []  # trailers come here, not among the headers (RFC 9110, section 6.5.1)
         if self._reserved:
             self.cycle.keep_alive = False
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._is_offer:
@@ -248,9 +259,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._waiting.clear()
         self._await_part(COMPLETE)
         is_due = self.cycle is not None and not self.cycle.response_complete
+        transport = _LingeringTransport(self.transport, self.loop)
         if not self._is_in_head() and self.cycle.more_body:
+            if self.cycle.response_complete:
+                transport.close()  # a second response would be taken for that of the next request
+                return
             is_due = self._give_up(self.cycle)
-        headers = self.headers or []
+        headers = self.scope["headers"] if self.scope else []
         self.on_message_begin()
         self.scope |= {
             "method": "",
@@ -262,7 +277,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.scope["state"]["refusal"] = problem
         self.cycle = RequestResponseCycle(
             scope=self.scope,
-            transport=_LingeringTransport(self.transport, self.loop),  # type: ignore[arg-type]  # it has what is used
+            transport=transport,  # type: ignore[arg-type]  # it has what is used
             flow=self.flow,
             logger=self.logger,
             access_logger=self.access_logger,

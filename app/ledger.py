@@ -24,6 +24,7 @@ from app.tracing import dependency_call
 CALL_TIMEOUT_SECONDS = 5.0
 CALLS_MAX = 100
 LOOKUPS_MAX = 8  # so that look-ups leave most of PostgREST's connections to debits
+REMOVED_ROWS_MAX = 1_000  # in one call, which takes some 20 ms
 
 # A call that was certainly not done is repeated for so long, for example while Postgres restarts.
 NOT_DONE_SECONDS_MAX = 3.0
@@ -126,16 +127,7 @@ class Ledger:
         Raises:
             PaymentError: the ledger failed; the class says what that means for all of them.
         """
-        debits: list[JSON] = [
-            {
-                "user_id": debit.user_id,
-                "item_id": str(debit.item_id),
-                "idempotency_key": key,
-                "expected_price": debit.expected_price,
-                "attempt": str(attempt),
-            }
-            for debit, key, attempt in sent
-        ]
+        debits: list[JSON] = [write_debit(debit) for debit in sent]
         metrics.BATCH_SIZE.observe(len(sent))
         return await self._call(
             "debit_use_batch",
@@ -156,6 +148,18 @@ class Ledger:
         except PaymentError as error:
             raise LedgerUnavailable from error
 
+    async def remove_generated_declines(self) -> int:
+        """Remove some old declines under keys that this service generated; return how many.
+
+        Raises:
+            PaymentError: the ledger failed.
+        """
+        arguments: dict[str, JSON] = {"rows_max": REMOVED_ROWS_MAX}
+        deadline = _now() + self._call_timeout_seconds
+        return await self._call(
+            "remove_generated_declines", arguments, deadline, _read_count, self._lookups
+        )
+
     async def check(self) -> None:
         """Ask the database whether everything that a debit reads and writes is there.
 
@@ -171,6 +175,7 @@ class Ledger:
             "idempotency_key_input": sent.key,
             "expected_price_input": sent.debit.expected_price,
             "attempt_input": str(sent.attempt),
+            "actor_input": sent.actor,
         }
         metrics.BATCH_SIZE.observe(1)
         return await self._call(
@@ -262,6 +267,29 @@ def classify_failure(error: Exception) -> type[PaymentError]:
     if code.startswith(NOT_DONE_CODES):
         return LedgerUnavailable
     return LedgerRejected
+
+
+def write_debit(sent: KeyedDebit) -> JSON:
+    """Write a debit of a batch; what is null is left out, so that a request holds more of them."""
+    debit = sent.debit
+    written: dict[str, JSON] = {
+        "user_id": debit.user_id,
+        "item_id": str(debit.item_id),
+        "attempt": str(sent.attempt),
+    }
+    if not sent.has_generated_key:
+        written["idempotency_key"] = sent.key
+    if debit.expected_price is not None:
+        written["expected_price"] = debit.expected_price
+    if sent.actor is not None:
+        written["actor"] = sent.actor
+    return written
+
+
+def _read_count(answer: object) -> int:
+    if not isinstance(answer, int):
+        raise ValueError("the response is not a number")  # noqa: TRY004 - of CALL_ERRORS
+    return answer
 
 
 def _read_check(answer: object) -> None:

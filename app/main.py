@@ -18,6 +18,7 @@ from supabase import AsyncClient, AsyncClientOptions
 from app import __version__
 from app.auth import Authentication
 from app.debit import Debits
+from app.declines import keep_removing_generated_declines
 from app.documentation import add_documentation
 from app.errors import PaymentError
 from app.group_commit import GroupCommit
@@ -176,7 +177,9 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
                     httpx_client=ledger_client, auto_refresh_token=False, persist_session=False
                 ),
             )
-        products = Products(products_client, settings.products_cache_seconds)
+        products = Products(
+            products_client, settings.products_cache_seconds, settings.products_service_token
+        )
         stack.push_async_callback(products.close)
         ledger = Ledger(supabase, pause, call_timeout_seconds=app.call_timeout_seconds)
         debits = Debits(
@@ -192,6 +195,8 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
         checks = [ledger.check, *([authentication.keys.check] if authentication else [])]
         waiting = asyncio.create_task(services.readiness.await_dependencies(*checks))
         stack.push_async_callback(_cancel, waiting)
+        removing = asyncio.create_task(keep_removing_generated_declines(ledger))
+        stack.push_async_callback(_cancel, removing)
         _spare_the_garbage_collector()
         yield {"services": services}
     logger.info("stopped")
@@ -210,6 +215,11 @@ async def _open_authentication(stack: AsyncExitStack, settings: Settings) -> Aut
     ):
         if getattr(settings, name) is None:
             logger.warning("%s is not set: %s may charge anybody", name.upper(), who)
+    if settings.products_service_token is None:
+        logger.warning(
+            "callers' tokens are passed on to the products service, which may charge anybody with "
+            "them; PRODUCTS_SERVICE_TOKEN keeps them here"
+        )
     client = await stack.enter_async_context(
         http_client(
             "AUTH_JWKS_URL",

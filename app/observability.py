@@ -26,6 +26,8 @@ RESPONSE_HEADERS = (
     (b"cache-control", b"no-store"),
     (b"x-content-type-options", b"nosniff"),
 )
+QUERY_BYTES_MAX = 2 * 1024  # a key of 255 characters takes 765 when it is percent-encoded
+PARAMETERS_MAX = 20
 CUT_OFF = "The service stopped before the request was finished"
 CALLER_LEFT = 499  # nginx's status for a request whose caller did not wait
 
@@ -85,7 +87,8 @@ class RequestContext:
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"]
         try:
-            if refusal := state.get("refusal"):  # the server could not read the request
+            # The server could not read the request, or reading its query would take long.
+            if refusal := state.get("refusal") or _refuse_query(scope["query_string"]):
                 state["code"] = refusal.code
                 await problem_response(refusal, state["request_id"])(scope, receive, send)
             else:
@@ -134,6 +137,15 @@ class RequestContext:
         timer = metrics.REQUEST_SECONDS.labels(method, route, str(status))
         self._timers[endpoint, method, status] = route, timer
         return route, timer
+
+
+def _refuse_query(query: bytes) -> InvalidRequest | None:
+    """Return the problem of a query that is longer than any that is documented."""
+    if len(query) > QUERY_BYTES_MAX:
+        return InvalidRequest(f"The query is longer than {QUERY_BYTES_MAX} bytes", errors=[])
+    if query.count(b"&") >= PARAMETERS_MAX:
+        return InvalidRequest(f"The query has more than {PARAMETERS_MAX} parameters", errors=[])
+    return None
 
 
 def _is_stopping(state: dict[str, Any]) -> bool:

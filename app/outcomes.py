@@ -36,11 +36,17 @@ BUSY = "busy"
 
 
 class KeyedDebit(NamedTuple):
-    """A debit as the ledger takes it: with its key, and an id of this request for it."""
+    """A debit as the ledger takes it: with its key, an id of this request for it, and who asks."""
 
     debit: DebitRequest
     key: str
     attempt: UUID
+    actor: str | None = None
+
+    @property
+    def has_generated_key(self) -> bool:
+        """Tell whether the key is the attempt's id, which the ledger takes if it gets no key."""
+        return self.key == str(self.attempt)
 
 
 class Debited(Payment):
@@ -51,6 +57,7 @@ class Debited(Payment):
     outcome: Literal["debited"] = Field(exclude=True)
     expected_price: int | None = Field(exclude=True)
     replayed: bool = Field(exclude=True)
+    actor: str | None = Field(None, exclude=True)
 
     @property
     def attempt(self) -> UUID:
@@ -74,6 +81,7 @@ class Declined(BaseModel):
     replayed: bool
     price: int | None = None
     attempt: UUID | None = None
+    actor: str | None = None
 
     @field_validator("outcome")
     @classmethod
@@ -95,6 +103,13 @@ class Declined(BaseModel):
 
 
 Outcome = Debited | Declined
+
+
+def is_of(outcome: Outcome, actor: str | None) -> bool:
+    """Tell whether an actor may get a stored outcome; False only if both are known and differ."""
+    return outcome.actor is None or actor is None or outcome.actor == actor
+
+
 _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 _OUTCOME_OR_NONE: TypeAdapter[Outcome | None] = TypeAdapter(Outcome | None)
 

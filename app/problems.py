@@ -101,6 +101,11 @@ def invalid_body(error: ValidationError, body: bytes) -> InvalidRequest:
     return InvalidRequest("The body is not as documented", errors=faults[:ERRORS_MAX])
 
 
+def too_many_fields(most: int) -> InvalidRequest:
+    fault = {"pointer": "#", "detail": f"Should have at most {most} fields"}
+    return InvalidRequest("The body is not as documented", errors=[fault])
+
+
 def duplicate_names(names: Sequence[str]) -> InvalidRequest:
     faults = [{"pointer": _json_pointer((name,)), "detail": DUPLICATE} for name in names]
     return InvalidRequest("The body is not as documented", errors=faults[:ERRORS_MAX])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from app import metrics
 from app.errors import Forbidden, ItemNotFound, PaymentError, ProductsUnavailable
@@ -64,12 +64,14 @@ class Products:
         self,
         client: httpx.AsyncClient,
         cache_seconds: float,
+        service_token: SecretStr | None = None,
         *,
         timeout_seconds: float = PRODUCTS_TIMEOUT_SECONDS,
         failure_seconds: float = FAILURE_SECONDS,
         items_max: int = ITEMS_MAX,
     ) -> None:
         self._client = client
+        self._service_token = service_token
         self._items_max = items_max
         self._cache_seconds = cache_seconds
         self._timeout_seconds = timeout_seconds
@@ -82,13 +84,17 @@ class Products:
         metrics.announce_failing_call("products", "get_item", ProductsUnavailable.code)
 
     async def get_item(self, item_id: UUID, token: str | None = None) -> Item:
-        """Return an item, asked for with the caller's token if it is not cached.
+        """Return an item, from the cache or from the products service.
+
+        The products service gets the service's own token, or the caller's if there is none.
 
         Raises:
             ItemNotFound: the products service says that there is none.
             Forbidden: it refuses the caller's token.
             ProductsUnavailable: it is down or slow, or its response is invalid.
         """
+        if self._service_token:
+            token = None  # the caller's token does not leave this service
         cached = self._cache.get(item_id)
         age_seconds = _now() - cached.since if cached else CACHE_SECONDS_MAX
         if cached and age_seconds < self._cache_seconds:
@@ -149,7 +155,8 @@ class Products:
         return item
 
     async def _ask(self, item_id: UUID, token: str | None) -> Item:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        sent = self._service_token.get_secret_value() if self._service_token else token
+        headers = {"Authorization": f"Bearer {sent}"} if sent else {}
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 response = await self._client.get(f"/items/{item_id}", headers=headers)
@@ -159,7 +166,7 @@ class Products:
         except CALL_ERRORS as error:
             self.last_state = "unavailable"
             self._failures.record_failure(item_id)
-            self._log.log(logging.WARNING, describe_failure(error, self._timeout_seconds))
+            self._log.log(*self._describe(error))
             raise self._unavailable() from error
         self.last_state = "ok"
         self._failures.record_success()
@@ -169,6 +176,15 @@ class Products:
         if item is None:
             raise ItemNotFound
         return item
+
+    def _describe(self, error: Exception) -> tuple[int, str]:
+        reason = describe_failure(error, self._timeout_seconds)
+        is_refused = (
+            isinstance(error, httpx.HTTPStatusError) and error.response.status_code in REFUSED
+        )
+        if self._service_token and is_refused:
+            return logging.ERROR, f"{reason} for PRODUCTS_SERVICE_TOKEN; set a valid token"
+        return logging.WARNING, reason
 
     def _unavailable(self) -> ProductsUnavailable:
         problem = ProductsUnavailable()

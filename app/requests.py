@@ -3,23 +3,26 @@
 import asyncio
 import json
 import re
+from contextlib import suppress
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
 from app import errors
-from app.auth import Authentication
+from app.auth import Authentication, Caller
 from app.problems import (
     DUPLICATE,
     duplicate_names,
     invalid_body,
     invalid_header,
     invalid_parameters,
+    too_many_fields,
 )
 from app.schemas import KEY_PATTERN, DebitRequest
 
 BODY_BYTES_MAX = 16 * 1024
 BODY_SECONDS_MAX = 10.0
+FIELDS_MAX = 20
 ENCODING_LENGTH_MAX = 40  # of a name that the caller sent
 
 CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s;"']+)""", re.IGNORECASE)
@@ -29,8 +32,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 
 
-async def authenticate(request: Request, authentication: Authentication, deadline: float) -> str:
-    """Check the caller's token, and return it for the products service, which asks for one.
+async def authenticate(request: Request, authentication: Authentication, deadline: float) -> Caller:
+    """Check the caller's token, and return whose it is.
 
     Raises:
         Unauthenticated, Forbidden: the caller may not do this.
@@ -65,6 +68,8 @@ async def read_debit(request: Request) -> DebitRequest:
     charset = CHARSET.search(parameters)
     if charset and charset[1].lower() not in CHARSETS:
         raise _unsupported(f"in {charset[1][:ENCODING_LENGTH_MAX]}")
+    if body.count(b":") > FIELDS_MAX:
+        _refuse_too_many_fields(body.removeprefix(BYTE_ORDER_MARK))
     try:
         debit = DebitRequest.model_validate_json(body.removeprefix(BYTE_ORDER_MARK))
     except ValidationError as error:
@@ -102,6 +107,20 @@ def _unsupported(what: str) -> errors.UnsupportedEncoding:
     return errors.UnsupportedEncoding(
         f"The body is {what}; send it in UTF-8, without Content-Encoding"
     )
+
+
+def _refuse_too_many_fields(body: bytes) -> None:
+    """Refuse a body before all its fields are checked, which would take milliseconds."""
+    count = 0
+
+    def count_fields(members: list[tuple[str, object]]) -> None:
+        nonlocal count
+        count += len(members)
+        if count > FIELDS_MAX:
+            raise too_many_fields(FIELDS_MAX)
+
+    with suppress(ValueError, RecursionError):
+        json.loads(body, object_pairs_hook=count_fields)
 
 
 def _refuse_duplicates(body: bytes) -> None:

@@ -48,7 +48,8 @@ DEBIT_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
 OUTCOME_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
     errors.InvalidRequest,
     *TOKEN_PROBLEMS,
-    *(errors.PaymentNotFound, errors.LedgerUnavailable, errors.InternalError),
+    *(errors.PaymentNotFound, errors.IdempotencyKeyReused),
+    *(errors.LedgerUnavailable, errors.InternalError),
 )
 
 KEY_HEADER = {
@@ -118,10 +119,10 @@ async def _take_debit(request: Request) -> Debited:
     key = read_key(request)
     services: Services = request.state.services
     deadline = services.debits.deadline()
-    token = None
+    caller = None
     if services.authentication:
-        token = await authenticate(request, services.authentication, deadline)
-    return await services.debits.debit_user_for_item(debit, key, deadline, token)
+        caller = await authenticate(request, services.authentication, deadline)
+    return await services.debits.debit_user_for_item(debit, key, deadline, caller)
 
 
 async def get_outcome(
@@ -137,9 +138,10 @@ async def get_outcome(
     key = read_outcome_key(request, idempotency_key)
     services: Services = request.state.services
     deadline = services.debits.deadline()
+    caller = None
     if services.authentication:
-        await authenticate(request, services.authentication, deadline)
-    outcome = await services.debits.find_outcome(user_id, key, deadline)
+        caller = await authenticate(request, services.authentication, deadline)
+    outcome = await services.debits.find_outcome(user_id, key, deadline, caller)
     if outcome is None:
         raise errors.PaymentNotFound
     return _json(

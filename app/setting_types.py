@@ -126,6 +126,17 @@ def _supabase_key(secret: SecretStr) -> SecretStr:
     return SecretStr(text)
 
 
+def _service_token(secret: SecretStr) -> SecretStr:
+    text = secret.get_secret_value().strip()
+    if not text or not all("!" <= character <= "~" for character in text):
+        raise ValueError(
+            "should be one line of visible ASCII characters without spaces, and without Bearer"
+        )
+    if PLACEHOLDER.search(text):
+        raise ValueError("still is a placeholder; should be a token of the products service")
+    return SecretStr(text)
+
+
 def key_claims(key: str) -> dict[str, Any]:
     """Return what a key of the older kind, a JWT, says of itself; nothing for other keys."""
     _, _, rest = key.partition(".")
@@ -151,6 +162,7 @@ CollectorAddress = Annotated[
     Name, AfterValidator(_service_address), AfterValidator(_collector_address)
 ]
 SupabaseKey = Annotated[SecretStr, AfterValidator(_supabase_key)]
+ServiceToken = Annotated[SecretStr, AfterValidator(_service_token)]
 
 
 def _split_list(text: object) -> object:

@@ -24,6 +24,7 @@ from app.setting_types import (
     ProductsAddress,
     ProjectAddress,
     Seconds,
+    ServiceToken,
     SupabaseKey,
     is_loopback,
     key_claims,
@@ -53,6 +54,9 @@ class Settings(BaseSettings):
         description="Its key for the role service_role; keep it secret."
     )
     products_service_url: ProductsAddress = Field(description="Address of the products service.")
+    products_service_token: ServiceToken | None = Field(
+        None, description="Token for the products service, which else gets the caller's token."
+    )
     products_cache_seconds: Seconds = Field(
         5.0, ge=0, le=60, description="How long an answer about an item is used again."
     )
@@ -170,22 +174,30 @@ def _resolve_aliases(given: dict[str, str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _auth_problems(environment: Environment, known: Iterable[str]) -> list[str]:
-    """A rule that nobody applies, because its name or value was lost, would let callers in."""
+    """A rule that nobody applies, because its name or value was lost, would let callers in.
+
+    Without PRODUCTS_SERVICE_TOKEN their tokens leave this service.
+    """
     empty = [
         f"{name}: is empty; give it a value or remove it"
         for name in sorted(environment.empty)
-        if name.startswith("AUTH_")
+        if _is_about_tokens(name)
     ]
-    ours = [name for name in known if name.startswith("AUTH_")]
+    ours = [name for name in known if _is_about_tokens(name)]
     unknown = []
     for name, place in environment.unknown.items():
-        if name.startswith("AUTH_") and not SERVICE_LINK.fullmatch(name):
-            meant = find_meant(name, ours)
+        meant = find_meant(name, ours)
+        is_ours = name.startswith("AUTH_") or ("TOK" in name and meant == "PRODUCTS_SERVICE_TOKEN")
+        if is_ours and not SERVICE_LINK.fullmatch(name):
             advice = f"is {meant} meant?" if meant else "correct its name or remove it"
             unknown.append(
                 f"{name}: is not a setting of this service, but stands in {place}; {advice}"
             )
     return [*empty, *unknown]
+
+
+def _is_about_tokens(name: str) -> bool:
+    return name.startswith("AUTH_") or name == "PRODUCTS_SERVICE_TOKEN"
 
 
 def _messages(error: ValidationError, values: dict[str, str]) -> list[str]:

@@ -5,13 +5,13 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from bench.measurement import PROFILES, Bench, Result, plain_failures, run_program
+from bench.measurement import CONNECTIONS_MAX, PROFILES, Bench, Result, plain_failures, run_program
 from bench.observability import measure_observability
 from bench.stack import await_answer, server
 
 CONNECTIONS = (1, 32, 128)
 
-# What is compared at 128 connections: profile, with whom, and at least so many times as fast.
+# What is compared at most connections: profile, with whom, and at least so many times as fast.
 TARGETS = (
     ("users spread out", "plain", 12.0),
     ("users spread out", "empty endpoint", 0.6),
@@ -50,7 +50,7 @@ class Comparison(Bench):
             for peer in PEERS:
                 self._measure(peer)
             for profile in PROFILES[:2]:
-                for connections in CONNECTIONS:
+                for connections in connections_of(profile):
                     self.load("the RPC directly", profile, connections, "rpc")
                 self.pgbench(profile)
             measure_observability(self)
@@ -68,21 +68,23 @@ class Comparison(Bench):
             seconds = await_answer(f"http://127.0.0.1:{self.port}/{path}", running)
             self.facts[f"{peer.name}: seconds until ready"] = round(seconds, 2)
             for profile in peer.profiles:
-                for connections in CONNECTIONS:
+                for connections in connections_of(profile):
                     self.load(peer.name, profile, connections, "service")
             kibibytes = run_program("ps", "-o", "rss=", "-p", str(running.pid))
             self.facts[f"{peer.name}: {MEMORY_FACT}"] = int(kibibytes) // 1024
 
     def print_ratios(self) -> None:
-        print("\nservice at 128 connections, times as fast as")
+        print("\nservice at most connections, times as fast as")
         for profile, peer, least in TARGETS:
-            ours = self.find("service", profile, 128).per_second
-            theirs = self.find(peer, profile, 16 if peer == "pgbench" else 128).per_second
+            most = connections_of(profile)[-1]
+            ours = self.find("service", profile, most).per_second
+            theirs = self.find(peer, profile, 16 if peer == "pgbench" else most).per_second
             verdict = self.verdict(ours / theirs >= least)
             print(f"{peer:26}{profile:18}{ours / theirs:8.2f}  (at least {least:g}){verdict}")
         for profile in PROFILES[:2]:
-            ours = self.find("service", profile, 128).per_second
-            theirs = self.find("the RPC directly", profile, 128).per_second
+            most = connections_of(profile)[-1]
+            ours = self.find("service", profile, most).per_second
+            theirs = self.find("the RPC directly", profile, most).per_second
             print(f"{'the RPC directly':26}{profile:18}{ours / theirs:8.2f}  (a stand-in gateway)")
         ours = self.find("service", PROFILES[0], 1).p50
         theirs = self.find("the RPC directly", PROFILES[0], 1).p50
@@ -94,6 +96,10 @@ class Comparison(Bench):
         for name, value in self.facts.items():
             is_met = name != f"service: {MEMORY_FACT}" or value < MEMORY_MEBIBYTES_MAX
             print(f"{name}: {value}{self.verdict(is_met)}")
+
+
+def connections_of(profile: str) -> list[int]:
+    return [min(count, CONNECTIONS_MAX.get(profile, count)) for count in CONNECTIONS]
 
 
 def compare(results: list[Result], path: Path) -> None:

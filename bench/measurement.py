@@ -24,6 +24,8 @@ from devstack.programs import POSTGRES_BIN_PATH
 from devstack.server_account import temporary_folder
 
 PROFILES = ("users spread out", "one hot user", "one hot item", "replays")
+# The service refuses more debits of one user than wait at a time (app/user_limits.py).
+CONNECTIONS_MAX = {"one hot user": 64}
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import psycopg
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.arrivals import Arrivals
-from bench.measurement import Bench, Result, free_ports, plain_failures
+from bench.measurement import CONNECTIONS_MAX, Bench, Result, free_ports, plain_failures
 from bench.observability import processor_seconds
 from bench.stack import await_answer, server
 from devstack.postgres import database_url
@@ -79,7 +79,8 @@ class Replicas(Bench):
     def _measure(self, count: int, profile: str) -> None:
         before = self._count()
         debits_before = self._count_debits()
-        share = CONNECTIONS // count
+        # Each process limits the debits of a user by itself.
+        share = min(CONNECTIONS // count, CONNECTIONS_MAX.get(profile, CONNECTIONS) - count)
         with ThreadPoolExecutor(count) as threads:
             loads = [
                 # wrk draws users by its number of connections: no two may have the same.

@@ -15,12 +15,12 @@ from devstack.postgres import SUPABASE_DIRECTORY
 
 def main() -> None:
     argparse.ArgumentParser(
-        prog="make check-database DATABASE_URL=...", description=__doc__
+        prog="DATABASE_URL=... make check-database", description=__doc__
     ).parse_args()
     # Not an argument: every user of the machine can read those, and the address holds a password.
     url = os.environ.get("DATABASE_URL")
     if not url:
-        sys.exit("Name the database: make check-database DATABASE_URL=postgresql://...")
+        sys.exit("Name the database: DATABASE_URL=postgresql://... make check-database")
     (file,) = (SUPABASE_DIRECTORY / "migrations").glob("*_check.sql")
     # Without the statements around it, which open a transaction and make a schema.
     _, check, _ = file.read_text().split("$check$")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 VENV = Path(".venv")
 MARK = VENV / "installed"
-REQUIREMENTS = "requirements-dev.txt"
+REQUIREMENTS = "requirements-dev.lock"
 # Somebody's own settings for pip may say --user, which a virtual environment refuses.
 ENVIRONMENT = os.environ | {
     "PIP_USER": "0",
@@ -75,7 +75,8 @@ def main() -> int:
     if made != 0:
         return made
     pip = [str(VENV / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check"]
-    installed = _run([*pip, "--progress-bar", "off", "-r", REQUIREMENTS], Progress("starting pip"))
+    checked = ["--require-hashes", "-r", REQUIREMENTS]
+    installed = _run([*pip, "--progress-bar", "off", *checked], Progress("starting pip"))
     if installed == 0:
         MARK.touch()
     return installed

@@ -32,6 +32,7 @@ class Wish(NamedTuple):
     expected_price: int | None
     knows_price: bool
     earlier: int
+    actor: int
 
 
 class Change(NamedTuple):
@@ -57,6 +58,7 @@ WISH = st.builds(
     st.sampled_from([None, None, *PRICES]),
     st.booleans(),
     EARLIER,
+    st.integers(0, 5),
 )
 CHANGE = st.builds(
     Change,
@@ -71,6 +73,8 @@ CHANGE = st.builds(
 
 class History:
     """What tests of the service and of the database share: the books, and how they change."""
+
+    actors: tuple[str | None, ...] = (None,)
 
     def __init__(self, database: Database, happened: Counter[str]) -> None:
         self.database = database
@@ -92,12 +96,15 @@ class History:
         user_id, item_id = self.users[wish.user], self.items[wish.item]
         earlier = self.earlier(wish.earlier)
         price = self.oracle.items[item_id].price if wish.knows_price else wish.expected_price
-        debit = Debit(user_id, item_id, str(uuid4()), price)
+        actor = self.actors[wish.actor % len(self.actors)]
+        debit = Debit(user_id, item_id, str(uuid4()), price, actor)
         match wish.kind:
             case "common key":
                 debit = replace(debit, key=wish.key)
             case "repeated" if earlier:
                 debit = earlier
+            case "reused" if earlier and None not in (actor, earlier.actor):
+                debit = replace(earlier, actor=actor)
             case "reused" if earlier and wish.knows_price:
                 debit = replace(earlier, item_id=item_id)
             case "reused" if earlier:

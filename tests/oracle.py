@@ -1,6 +1,6 @@
 """A small model of the contract that predicts every answer and every balance."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from uuid import UUID
 
 
@@ -26,6 +26,13 @@ class Debit:
     item_id: UUID | None
     key: str | None
     expected_price: int | None
+    actor: str | None = None
+
+    def is_repeated_by(self, other: "Debit") -> bool:
+        """Tell whether another debit under the same key is the same request."""
+        return replace(self, actor=None) == replace(other, actor=None) and (
+            None in (self.actor, other.actor) or self.actor == other.actor
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Oracle:
         if item and item.is_active:
             return self.debit(debit)
         earlier = self.find(debit.user_id, debit.key)
-        if earlier and earlier.debit == debit:
+        if earlier and earlier.debit.is_repeated_by(debit):
             return earlier, True
         return Answer(debit, "item_inactive" if item else "item_not_found"), False
 
@@ -62,7 +69,7 @@ class Oracle:
         if user is None:
             return Answer(debit, "user_not_found"), False
         if earlier := self.find(debit.user_id, debit.key):
-            if earlier.debit == debit:
+            if earlier.debit.is_repeated_by(debit):
                 return earlier, True
             return Answer(debit, "idempotency_key_reused"), False
         answer = self._decide(debit, user, self.items.get(debit.item_id))

@@ -114,14 +114,15 @@ begin
       where nspname = 'ledger'
       union all
       select relowner, format('alter table %s', oid::regclass) from pg_class
-      where relnamespace = to_regnamespace('ledger') and relkind in ('r', 'p')
+      where relnamespace = to_regnamespace('ledger') and relkind in ('r', 'p', 'v')
       union all
       select proowner, format('alter routine %s', oid::regprocedure) from pg_proc
       where pronamespace = to_regnamespace('ledger')
         or (
           pronamespace = 'public'::regnamespace and is_migrated
           and proname in (
-            'debit_use', 'debit_use_batch', 'find_payment', 'check_ledger', 'audit_ledger'
+            'debit_use', 'debit_use_batch', 'find_payment', 'remove_generated_declines',
+            'check_ledger', 'audit_ledger'
           )
         )
     ) as object
@@ -145,7 +146,10 @@ begin
       and (
         (
           not is_migrated
-          and proname in ('debit_use_batch', 'find_payment', 'check_ledger', 'audit_ledger')
+          and proname in (
+            'debit_use_batch', 'find_payment', 'remove_generated_declines', 'check_ledger',
+            'audit_ledger'
+          )
         )
         or (
           proname in ('check_ledger', 'audit_ledger') and pronargs = 0
@@ -544,7 +548,7 @@ begin
                 index.indrelid = history and attribute.attgenerated = ''
                 and attribute.attname not in (
                   'user_id', 'user', 'item', 'amount_delta', 'created_at', 'kind', 'balance_after',
-                  'expected_price'
+                  'expected_price', 'actor'
                 )
                 and (
                   attribute.attidentity <> ''
@@ -642,7 +646,7 @@ begin
       and attribute.attidentity = ''
       and attribute.attname not in (
         'id', 'user_id', 'user', 'item', 'amount_delta', 'created_at', 'seq', 'kind',
-        'balance_after', 'idempotency_key', 'expected_price'
+        'balance_after', 'idempotency_key', 'expected_price', 'actor'
       )
       and (
         attribute.attnotnull or type.typnotnull
@@ -680,8 +684,12 @@ begin
 
   for finding in
     select attname from pg_attribute
-    where attrelid = history and not attisdropped and not is_migrated
-      and attname in ('seq', 'kind', 'balance_after', 'idempotency_key', 'expected_price')
+    where attrelid = history and not attisdropped
+      and (
+        not is_migrated
+        and attname in ('seq', 'kind', 'balance_after', 'idempotency_key', 'expected_price', 'actor')
+        or attname = 'actor' and atttypid <> 'text'::regtype
+      )
   loop
     obstacles := obstacles || format(
       E'Column %1$I of "Transaction_History" has a name that the migration needs.\n'

@@ -135,6 +135,7 @@ create table if not exists ledger.declines (
   expected_price bigint,
   price bigint,
   attempt uuid,
+  actor text,
   created_at timestamptz not null default now(),
   constraint declines_pkey primary key (user_id, idempotency_key),
   constraint declines_user_id_fkey foreign key (user_id) references public."Users" (card_id)
@@ -146,12 +147,17 @@ alter table ledger.declines add constraint declines_idempotency_key_length
 check (char_length(idempotency_key) between 1 and 255) not valid;
 
 alter table ledger.declines add column if not exists attempt uuid;
+alter table ledger.declines add column if not exists actor text;
 alter table ledger.declines drop constraint if exists declines_outcome_known;
 alter table ledger.declines add constraint declines_outcome_known check (
   outcome in (
     'user_inactive', 'item_not_found', 'item_inactive', 'price_changed', 'insufficient_funds'
   )
 );
+
+-- For remove_generated_declines.
+create index if not exists declines_generated_idx
+on ledger.declines (created_at) where idempotency_key = attempt::text;
 
 -- Supabase opens new objects in public to all API roles. Only service_role keeps access: other
 -- services write users and items with it. Row level security without policies rejects the others

@@ -6,7 +6,8 @@
 --   amount_delta, created_at is not earlier;
 --   a balance that changes without an entry gets one: opening for a new user, else adjustment;
 --   no write makes a balance negative; an old negative balance may only rise;
---   entries and stored declines are never changed or removed.
+--   entries and stored declines are never changed or removed, except declines under keys that the
+--   service generated, after a day.
 
 begin;
 
@@ -99,6 +100,7 @@ add column if not exists kind text,
 add column if not exists balance_after bigint,
 add column if not exists idempotency_key text,
 add column if not exists expected_price bigint,
+add column if not exists actor text,
 alter column item drop not null,
 alter column id set default gen_random_uuid(),
 alter column created_at set default now();
@@ -242,9 +244,9 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  last_entry public."Transaction_History"%rowtype;
+  last_entry record;
 begin
-  select * into last_entry from public."Transaction_History"
+  select seq, balance_after, created_at into last_entry from public."Transaction_History"
   where user_id = new.user_id
   order by seq desc
   limit 1;
@@ -269,7 +271,7 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  last_entry public."Transaction_History"%rowtype;
+  last_entry record;
   entry_kind text := 'adjustment';
 begin
   if new.balance < 0 and (tg_op = 'INSERT' or new.balance < old.balance) then
@@ -281,7 +283,7 @@ begin
       constraint = 'users_balance_not_negative';
   end if;
 
-  select * into last_entry from public."Transaction_History"
+  select seq, balance_after, created_at into last_entry from public."Transaction_History"
   where user_id = new.card_id
   order by seq desc
   limit 1;
@@ -292,14 +294,15 @@ begin
     entry_kind := 'opening';
   end if;
   insert into public."Transaction_History" (
-    user_id, seq, kind, amount_delta, balance_after, created_at
+    user_id, seq, kind, amount_delta, balance_after, created_at, actor
   ) values (
     new.card_id,
     coalesce(last_entry.seq, 0) + 1,
     entry_kind,
     new.balance - coalesce(last_entry.balance_after, 0),
     new.balance,
-    greatest(clock_timestamp(), last_entry.created_at)
+    greatest(clock_timestamp(), last_entry.created_at),
+    'database:' || coalesce(nullif(current_setting('role'), 'none'), session_user)
   );
   return null;
 end
@@ -340,8 +343,16 @@ before truncate on public."Transaction_History"
 for each statement execute function ledger.refuse_change();
 
 create or replace trigger refuse_change
-before update or delete on ledger.declines
+before update on ledger.declines
 for each statement execute function ledger.refuse_change();
+
+-- Nobody knows a key that the service generated for one attempt, except calls under way.
+create or replace trigger refuse_removal
+before delete on ledger.declines
+for each row when (
+  (old.idempotency_key = old.attempt::text and old.created_at < now() - interval '1 day')
+  is not true
+) execute function ledger.refuse_change();
 
 create or replace trigger refuse_truncate
 before truncate on ledger.declines

@@ -16,8 +16,11 @@
 --                           done
 --
 -- Declines are returned, not raised: an exception would roll back the stored decline.
--- attempt_input is an id that the service makes for each request. It becomes the id of the entry,
--- so the service can tell a replay of its own lost response from that of an earlier request.
+-- attempt is an id that the service makes for each request. It becomes the id of the entry, so the
+-- service can tell a replay of its own lost response from that of an earlier request. It is also
+-- the key of a debit that comes without one.
+-- actor is who asks, if the service knows. The keys of two tills can collide, so a key that another
+-- actor used is reused, not replayed.
 -- Exceptions are for failures: a balance that differs from the user's last entry (after a restore,
 -- or a write past the triggers) raises check_violation, and the debit overwrites nothing.
 
@@ -45,7 +48,7 @@ begin
         prorettype <> 'jsonb'::regtype or proretset
         or pg_get_function_identity_arguments(oid) not in (
           'user_id_input bigint, item_input uuid, idempotency_key_input text, '
-          'expected_price_input bigint, attempt_input uuid',
+          'expected_price_input bigint, attempt_input uuid, actor_input text',
           'debits jsonb',
           'user_id_input bigint, idempotency_key_input text'
         )
@@ -57,73 +60,46 @@ begin
 end
 $$;
 
--- Writes an entry and the balance that follows from it. The caller holds the user's row.
-create or replace function ledger.append(
-  user_id_input bigint,
-  kind_input text,
-  amount_delta_input bigint,
-  item_input uuid default null,
-  idempotency_key_input text default null,
-  expected_price_input bigint default null,
-  id_input uuid default null
-) returns jsonb
-language plpgsql volatile security definer
-set search_path = pg_catalog, pg_temp
-as $$
-declare
-  balance_before bigint;
-  last_entry public."Transaction_History"%rowtype;
-  entry public."Transaction_History"%rowtype;
+-- A debit of debit_use_batch has members of these names. An entry has the columns that are written;
+-- the table may have others.
+do $$
 begin
-  select balance into balance_before from public."Users" where card_id = user_id_input;
-  select * into last_entry from public."Transaction_History"
-  where user_id = user_id_input
-  order by seq desc
-  limit 1;
-  if balance_before <> coalesce(last_entry.balance_after, 0) then
-    raise exception using
-      errcode = 'check_violation',
-      message = format('the balance of user %s is not that of the last entry', user_id_input),
-      hint = 'select * from audit_ledger(); see "Reading the audit" in docs/operations.md',
-      schema = 'public',
-      table = 'Users',
-      constraint = 'users_balance_is_last_entry';
+  if to_regtype('ledger.debit_request') is null then
+    create type ledger.debit_request as (
+      user_id bigint,
+      item_id uuid,
+      idempotency_key text,
+      expected_price bigint,
+      attempt uuid,
+      actor text
+    );
   end if;
-
-  insert into public."Transaction_History" (
-    id, user_id, seq, kind, item, amount_delta, balance_after, created_at, idempotency_key,
-    expected_price
-  ) values (
-    coalesce(id_input, gen_random_uuid()),
-    user_id_input,
-    coalesce(last_entry.seq, 0) + 1,
-    kind_input,
-    item_input,
-    amount_delta_input,
-    balance_before + amount_delta_input,
-    greatest(clock_timestamp(), last_entry.created_at),
-    idempotency_key_input,
-    expected_price_input
-  )
-  returning * into entry;
-  update public."Users" set balance = entry.balance_after where card_id = user_id_input;
-  return jsonb_build_object(
-    'transaction_id', entry.id,
-    'user_id', entry.user_id,
-    'amount', -entry.amount_delta,
-    'new_balance', entry.balance_after,
-    'created_at', entry.created_at
-  );
+  if to_regtype('ledger.entry') is null then
+    create type ledger.entry as (
+      id uuid,
+      user_id bigint,
+      seq bigint,
+      kind text,
+      item uuid,
+      amount_delta bigint,
+      balance_after bigint,
+      created_at timestamptz,
+      idempotency_key text,
+      expected_price bigint,
+      actor text
+    );
+  end if;
 end
 $$;
 
+-- Returns the outcome that was stored for a key of a user, or null.
 create or replace function ledger.find_outcome(
   user_id_input bigint, idempotency_key_input text
 ) returns jsonb
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
 as $$
-  select jsonb_build_object(
+  select jsonb_strip_nulls(jsonb_build_object('actor', entry.actor)) || jsonb_build_object(
     'outcome', 'debited',
     'transaction_id', entry.id,
     'user_id', entry.user_id,
@@ -138,7 +114,9 @@ as $$
   where entry.user_id = user_id_input and entry.idempotency_key = idempotency_key_input
   union all
   select jsonb_strip_nulls(
-    jsonb_build_object('price', decline.price, 'attempt', decline.attempt)
+    jsonb_build_object(
+      'price', decline.price, 'attempt', decline.attempt, 'actor', decline.actor
+    )
   ) || jsonb_build_object(
     'outcome', decline.outcome,
     'item_id', decline.item_id,
@@ -149,68 +127,219 @@ as $$
   where decline.user_id = user_id_input and decline.idempotency_key = idempotency_key_input
 $$;
 
-create or replace function ledger.debit(
-  user_id_input bigint,
-  item_input uuid,
-  idempotency_key_input text,
-  expected_price_input bigint,
-  attempt_input uuid
-) returns jsonb
+-- Writes entries, user by user and each after the one that it continues, and the balances that
+-- follow from them. The caller holds the users' rows.
+create or replace function ledger.write_entries(entries ledger.entry[]) returns void
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 as $$
 declare
-  buyer public."Users"%rowtype;
-  wanted public."Items"%rowtype;
-  earlier jsonb;
-  refusal text;
-  answer jsonb := jsonb_build_object(
-    'item_id', item_input, 'expected_price', expected_price_input, 'replayed', false
-  );
+  entry ledger.entry;
 begin
-  -- Debits of one user wait for each other here; buyers of one item never do.
-  select * into buyer from public."Users" where card_id = user_id_input for no key update;
-  if not found then
-    return answer || jsonb_build_object('outcome', 'user_not_found');
-  end if;
+  insert into public."Transaction_History" (
+    id, user_id, seq, kind, item, amount_delta, balance_after, created_at, idempotency_key,
+    expected_price, actor
+  )
+  select * from unnest(entries);
 
-  earlier := ledger.find_outcome(user_id_input, idempotency_key_input);
-  if earlier -> 'item_id' = answer -> 'item_id'
-    and earlier -> 'expected_price' = answer -> 'expected_price' then
-    return earlier;
-  elsif earlier is not null then
-    return answer || jsonb_build_object('outcome', 'idempotency_key_reused');
-  end if;
-
-  -- A comparison with null is not true: where no item was found, the second line catches it.
-  select * into wanted from public."Items" where id = item_input;
-  refusal := case
-    when not buyer.active then 'user_inactive'
-    when wanted.id is null then 'item_not_found'
-    when not wanted.active then 'item_inactive'
-    when wanted.price <> expected_price_input then 'price_changed'
-    when wanted.price > buyer.balance then 'insufficient_funds'
-  end;
-
-  if refusal is not null then
-    if refusal = 'price_changed' then
-      answer := answer || jsonb_build_object('price', wanted.price);
+  for place in 1..cardinality(entries) loop
+    entry := entries[place];
+    if entry.user_id is distinct from entries[place + 1].user_id then
+      update public."Users" set balance = entry.balance_after where card_id = entry.user_id;
     end if;
-    if idempotency_key_input is not null then
-      insert into ledger.declines (
-        user_id, idempotency_key, outcome, item_id, expected_price, price, attempt
-      ) values (
-        user_id_input, idempotency_key_input, refusal, item_input, expected_price_input,
-        (answer ->> 'price')::bigint, attempt_input
+  end loop;
+end
+$$;
+
+-- The rules, over all debits of a call: everything is read once, decided in memory in the order
+-- given, and written once. The caller has locked the rows of locked_users, and nobody can remove
+-- those of locked_items. A debit of another user or item that exists is busy.
+create or replace function ledger.charge(
+  debits ledger.debit_request[], locked_users bigint[], locked_items uuid[]
+) returns jsonb[]
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set plan_cache_mode = force_generic_plan -- to plan the query anew takes longer than to run it
+as $$
+declare
+  debit record;
+  earlier jsonb;
+  result text;
+  last_entry ledger.entry; -- of the debit's user
+  user_keys text[]; -- those of the debit's user whose outcomes this call stores
+  entries ledger.entry[] := '{}';
+  declined integer[] := '{}';
+  repeated integer[] := '{}';
+  repeats ledger.debit_request[] := '{}';
+  repeat_answers jsonb[];
+  answers jsonb[] := array_fill(null::jsonb, array[cardinality(debits)]);
+begin
+  for debit in
+    -- With its limit, each subquery is a look-up by index, whatever the planner knows of the table.
+    select
+      request.user_id,
+      request.item_id,
+      coalesce(request.idempotency_key, request.attempt::text) as idempotency_key,
+      request.expected_price,
+      request.attempt,
+      request.actor,
+      request.place,
+      buyer.card_id as locked_user,
+      buyer.active as user_is_active,
+      buyer.balance,
+      coalesce(latest.balance_after, 0) as last_balance,
+      coalesce(latest.seq, 0) as last_seq,
+      latest.created_at as last_created_at,
+      item.id as locked_item,
+      item.active as item_is_active,
+      item.price,
+      stored.is_known_key
+    from unnest(debits) with ordinality
+      as request (user_id, item_id, idempotency_key, expected_price, attempt, actor, place)
+    left join lateral (
+      select card_id, active, balance from public."Users"
+      where card_id = request.user_id and card_id = any(locked_users)
+      limit 1
+    ) as buyer on true
+    left join lateral (
+      select seq, balance_after, created_at from public."Transaction_History"
+      where user_id = request.user_id
+      order by seq desc
+      limit 1
+    ) as latest on true
+    left join lateral (
+      select id, active, price from public."Items"
+      where id = request.item_id and id = any(locked_items)
+      limit 1
+    ) as item on true
+    left join lateral (
+      select true as is_known_key from public."Transaction_History"
+      where user_id = request.user_id
+        and idempotency_key = coalesce(request.idempotency_key, request.attempt::text)
+      union all
+      select true from ledger.declines
+      where user_id = request.user_id
+        and idempotency_key = coalesce(request.idempotency_key, request.attempt::text)
+      limit 1
+    ) as stored on true
+    order by request.user_id, request.place
+  loop
+    if debit.user_id is distinct from last_entry.user_id then
+      last_entry := row(
+        null, debit.user_id, debit.last_seq, null, null, null, debit.balance,
+        greatest(clock_timestamp(), debit.last_created_at), null, null, null
       );
+      user_keys := '{}';
     end if;
-    return answer || jsonb_build_object('outcome', refusal);
-  end if;
 
-  return answer || jsonb_build_object('outcome', 'debited') || ledger.append(
-    user_id_input, 'debit', -wanted.price, item_input, idempotency_key_input, expected_price_input,
-    attempt_input
-  );
+    -- The second use of a key is decided once the outcome of the first is stored.
+    if debit.idempotency_key = any(user_keys) then
+      repeated := repeated || debit.place::integer;
+      repeats := repeats || debits[debit.place];
+      continue;
+    end if;
+
+    earlier := null;
+    if debit.is_known_key then
+      earlier := ledger.find_outcome(debit.user_id, debit.idempotency_key);
+    end if;
+    result := case
+      when debit.locked_user is null then 'user_not_found'
+      when earlier is not null then case
+        when (earlier ->> 'item_id')::uuid is not distinct from debit.item_id
+          and (earlier ->> 'expected_price')::bigint is not distinct from debit.expected_price
+          and coalesce(earlier ->> 'actor' = debit.actor, true) then 'replayed'
+        else 'idempotency_key_reused'
+      end
+      when not debit.user_is_active then 'user_inactive'
+      when debit.locked_item is null then 'item_not_found'
+      when not debit.item_is_active then 'item_inactive'
+      when debit.price <> debit.expected_price then 'price_changed'
+      when debit.price > last_entry.balance_after then 'insufficient_funds'
+      else 'debited'
+    end;
+    if debit.locked_user is null or debit.locked_item is null then
+      if exists (
+        select from public."Users" where card_id = debit.user_id and debit.locked_user is null
+      ) or exists (
+        select from public."Items" where id = debit.item_id and debit.locked_item is null
+      ) then
+        result := 'busy';
+      end if;
+    end if;
+
+    if result = 'debited' then
+      if debit.balance <> debit.last_balance then
+        raise exception using
+          errcode = 'check_violation',
+          message = format('the balance of user %s is not that of the last entry', debit.user_id),
+          hint = 'select * from audit_ledger(); see "Reading the audit" in docs/operations.md',
+          schema = 'public',
+          table = 'Users',
+          constraint = 'users_balance_is_last_entry';
+      end if;
+      last_entry := row(
+        coalesce(debit.attempt, gen_random_uuid()), debit.user_id, last_entry.seq + 1, 'debit',
+        debit.item_id, -debit.price, last_entry.balance_after - debit.price, last_entry.created_at,
+        debit.idempotency_key, debit.expected_price, debit.actor
+      );
+      entries := entries || last_entry;
+      user_keys := user_keys || debit.idempotency_key;
+      answers[debit.place] := jsonb_build_object(
+        'outcome', result,
+        'transaction_id', last_entry.id,
+        'user_id', debit.user_id,
+        'item_id', debit.item_id,
+        'expected_price', debit.expected_price,
+        'amount', debit.price,
+        'new_balance', last_entry.balance_after,
+        'created_at', last_entry.created_at,
+        'replayed', false
+      );
+    elsif result = 'replayed' then
+      answers[debit.place] := earlier;
+    else
+      answers[debit.place] := jsonb_strip_nulls(
+        jsonb_build_object('price', case result when 'price_changed' then debit.price end)
+      ) || jsonb_build_object(
+        'outcome', result,
+        'item_id', debit.item_id,
+        'expected_price', debit.expected_price,
+        'replayed', false
+      );
+      if debit.idempotency_key is not null
+        and result not in ('busy', 'user_not_found', 'idempotency_key_reused') then
+        declined := declined || debit.place::integer;
+        user_keys := user_keys || debit.idempotency_key;
+      end if;
+    end if;
+  end loop;
+
+  if cardinality(entries) > 0 then
+    perform ledger.write_entries(entries);
+  end if;
+  if cardinality(declined) > 0 then
+    insert into ledger.declines (
+      user_id, idempotency_key, outcome, item_id, expected_price, price, attempt, actor
+    )
+    select
+      (debits[place]).user_id,
+      coalesce((debits[place]).idempotency_key, (debits[place]).attempt::text),
+      answers[place] ->> 'outcome',
+      (debits[place]).item_id,
+      (debits[place]).expected_price,
+      (answers[place] ->> 'price')::bigint,
+      (debits[place]).attempt,
+      (debits[place]).actor
+    from unnest(declined) as place;
+  end if;
+  if cardinality(repeats) > 0 then
+    repeat_answers := ledger.charge(repeats, locked_users, locked_items);
+    for number in 1..cardinality(repeats) loop
+      answers[repeated[number]] := repeat_answers[number];
+    end loop;
+  end if;
+  return answers;
 end
 $$;
 
@@ -219,16 +348,34 @@ create or replace function public.debit_use(
   item_input uuid,
   idempotency_key_input text default null,
   expected_price_input bigint default null,
-  attempt_input uuid default null
+  attempt_input uuid default null,
+  actor_input text default null
 ) returns jsonb
-language sql volatile security definer
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '2s'
 set statement_timeout = '4s'
 as $$
-  select ledger.debit(
-    user_id_input, item_input, idempotency_key_input, expected_price_input, attempt_input
-  )
+declare
+  locked_user bigint;
+begin
+  -- Debits of one user wait for each other here; buyers of one item never do.
+  select card_id into locked_user from public."Users"
+  where card_id = user_id_input
+  for no key update;
+  return (
+    ledger.charge(
+      array[
+        row(
+          user_id_input, item_input, idempotency_key_input, expected_price_input, attempt_input,
+          actor_input
+        )::ledger.debit_request
+      ],
+      array[locked_user],
+      array[item_input]
+    )
+  )[1];
+end
 $$;
 
 create or replace function public.debit_use_batch(debits jsonb) returns jsonb
@@ -238,58 +385,64 @@ set lock_timeout = '100ms'
 set statement_timeout = '4s'
 as $$
 declare
-  locked bigint[];
+  requests ledger.debit_request[];
+  locked_users bigint[];
   locked_items uuid[];
-  debit record;
-  outcomes jsonb[] := '{}';
 begin
+  requests := array(
+    select request from jsonb_populate_recordset(null::ledger.debit_request, debits) as request
+  );
   -- In the order of their ids, so that no two batches wait for each other. A row that another
   -- transaction holds is skipped, so that one locked user does not delay the others.
-  select array_agg(users.card_id) into locked from (
+  select array_agg(locked.card_id) into locked_users
+  from (
+    select distinct request.user_id from unnest(requests) as request order by request.user_id
+  ) as wanted
+  cross join lateral (
     select card_id from public."Users"
-    where card_id in (
-      select (request ->> 'user_id')::bigint from jsonb_array_elements(debits) as request
-    )
-    order by card_id
+    where card_id = wanted.user_id
     for no key update skip locked
-  ) as users;
+  ) as locked;
   -- The same lock that the foreign key of an entry takes, and would wait for.
-  select array_agg(items.id) into locked_items from (
-    select id from public."Items"
-    where id in (select (request ->> 'item_id')::uuid from jsonb_array_elements(debits) as request)
-    order by id
-    for key share skip locked
-  ) as items;
+  select array_agg(locked.id) into locked_items
+  from (
+    select distinct request.item_id from unnest(requests) as request order by request.item_id
+  ) as wanted
+  cross join lateral (
+    select id from public."Items" where id = wanted.item_id for key share skip locked
+  ) as locked;
+  return to_jsonb(ledger.charge(requests, locked_users, locked_items));
+end
+$$;
 
-  for debit in
-    select request.* from rows from (
-      jsonb_to_recordset(debits) as (
-        user_id bigint, item_id uuid, idempotency_key text, expected_price bigint, attempt uuid
-      )
-    ) with ordinality
-      as request (user_id, item_id, idempotency_key, expected_price, attempt, place)
-    order by request.place
-  loop
-    if (
-      debit.user_id = any(locked)
-      or not exists (select from public."Users" where card_id = debit.user_id)
-    ) and (
-      debit.item_id = any(locked_items)
-      or not exists (select from public."Items" where id = debit.item_id)
-    ) then
-      outcomes := outcomes || ledger.debit(
-        debit.user_id, debit.item_id, debit.idempotency_key, debit.expected_price, debit.attempt
-      );
-    else
-      outcomes := outcomes || jsonb_build_object(
-        'outcome', 'busy',
-        'item_id', debit.item_id,
-        'expected_price', debit.expected_price,
-        'replayed', false
-      );
-    end if;
-  end loop;
-  return to_jsonb(outcomes);
+-- Writes one entry, for corrections by the tables' owner. Returns its id.
+create or replace function ledger.append(
+  user_id_input bigint,
+  kind_input text,
+  amount_delta_input bigint,
+  item_input uuid default null,
+  idempotency_key_input text default null
+) returns uuid
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+as $$
+declare
+  entry ledger.entry;
+begin
+  select balance into entry.balance_after from public."Users"
+  where card_id = user_id_input
+  for no key update;
+  select seq, created_at into entry.seq, entry.created_at from public."Transaction_History"
+  where user_id = user_id_input
+  order by seq desc
+  limit 1;
+  entry := row(
+    gen_random_uuid(), user_id_input, coalesce(entry.seq, 0) + 1, kind_input, item_input,
+    amount_delta_input, entry.balance_after + amount_delta_input,
+    greatest(clock_timestamp(), entry.created_at), idempotency_key_input, null, null
+  );
+  perform ledger.write_entries(array[entry]);
+  return entry.id;
 end
 $$;
 
@@ -302,6 +455,29 @@ set lock_timeout = '2s'
 set statement_timeout = '4s'
 as $$
   select ledger.find_outcome(user_id_input, idempotency_key_input)
+$$;
+
+-- The callers of debits without a key do not know the attempt's id, which is their key, and no call
+-- is under way for a day: nobody asks for these declines any more.
+create or replace function public.remove_generated_declines(rows_max integer) returns integer
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '2s'
+set statement_timeout = '4s'
+as $$
+  with removed as (
+    delete from ledger.declines
+    where (user_id, idempotency_key) in (
+      select user_id, idempotency_key from ledger.declines
+      where idempotency_key = attempt::text and created_at < now() - interval '1 day'
+      order by created_at
+      limit rows_max
+      for update skip locked
+    )
+    returning 1
+  )
+
+  select count(*)::integer from removed
 $$;
 
 -- What the service asks before it takes debits: whether everything that a debit reads and writes is
@@ -335,13 +511,15 @@ begin
       ('public."Transaction_History"', 'balance_after', 'bigint'),
       ('public."Transaction_History"', 'idempotency_key', 'text'),
       ('public."Transaction_History"', 'expected_price', 'bigint'),
+      ('public."Transaction_History"', 'actor', 'text'),
       ('ledger.declines', 'user_id', 'bigint'),
       ('ledger.declines', 'idempotency_key', 'text'),
       ('ledger.declines', 'outcome', 'text'),
       ('ledger.declines', 'item_id', 'uuid'),
       ('ledger.declines', 'expected_price', 'bigint'),
       ('ledger.declines', 'price', 'bigint'),
-      ('ledger.declines', 'attempt', 'uuid')
+      ('ledger.declines', 'attempt', 'uuid'),
+      ('ledger.declines', 'actor', 'text')
     ) as wanted (table_name, column_name, type)
     left join pg_attribute as attribute
       on attribute.attrelid = to_regclass(wanted.table_name)
@@ -395,7 +573,7 @@ begin
             -- A debit leaves a column of others null, or it has its own number.
             or attribute.attname not in (
               'user_id', 'item', 'amount_delta', 'created_at', 'kind', 'balance_after',
-              'expected_price'
+              'expected_price', 'actor'
             )
           )
       )
@@ -408,6 +586,7 @@ begin
       ('public."Transaction_History"', 'refuse_change'),
       ('public."Transaction_History"', 'refuse_truncate'),
       ('ledger.declines', 'refuse_change'),
+      ('ledger.declines', 'refuse_removal'),
       ('ledger.declines', 'refuse_truncate')
     ) as wanted (table_name, name)
     where not exists (
@@ -655,12 +834,14 @@ as $$
   select null, found.fault || ' Fix: ' || found.fix from ledger.find_foreign_access() as found
 $$;
 
-comment on function ledger.append is
-'Write an entry and the balance that follows from it; returns what a debit tells of it.';
-comment on function ledger.debit is
-'The rules of a debit, in one place. Waits for the user''s row.';
 comment on function ledger.find_outcome is
-'The outcome stored for a key of a user, with "replayed" true, or null.';
+'The outcome stored for a key of a user, as a replay returns it.';
+comment on function ledger.write_entries is
+'Write entries and the balances that follow from them; the only insert of entries.';
+comment on function ledger.charge is
+'The rules of a debit, in one place, over all debits of a call.';
+comment on function ledger.append is
+'Write one entry and the balance that follows from it, as a correction; returns its id.';
 comment on function ledger.find_foreign_access is
 'Triggers, views and functions of others that reach the tables of the ledger past its rules.';
 comment on function public.debit_use is
@@ -669,28 +850,35 @@ comment on function public.debit_use_batch is
 'Debits by the rules of debit_use, in one transaction; the outcomes are in the order given.';
 comment on function public.find_payment is
 'The outcome stored for a key of a user, or null; reads only.';
+comment on function public.remove_generated_declines is
+'Remove declines that are older than a day and whose key the service generated; returns how many.';
 comment on function public.check_ledger is
 'Raises what keeps debits from working: a column, a trigger; reads only.';
 comment on function public.audit_ledger is
 'Users whose entries or balance do not add up, and, with a null user, objects of others that reach '
 'past the rules; no rows if all is well.';
 
+revoke all on type ledger.debit_request, ledger.entry
+from public, anon, authenticated, service_role;
 revoke all on function
-ledger.append(bigint, text, bigint, uuid, text, bigint, uuid),
 ledger.find_outcome(bigint, text),
-ledger.debit(bigint, uuid, text, bigint, uuid),
+ledger.write_entries(ledger.entry[]),
+ledger.charge(ledger.debit_request[], bigint[], uuid[]),
+ledger.append(bigint, text, bigint, uuid, text),
 ledger.find_foreign_access(),
-public.debit_use(bigint, uuid, text, bigint, uuid),
+public.debit_use(bigint, uuid, text, bigint, uuid, text),
 public.debit_use_batch(jsonb),
 public.find_payment(bigint, text),
+public.remove_generated_declines(integer),
 public.check_ledger(),
 public.audit_ledger()
 from public, anon, authenticated, service_role;
 
 grant execute on function
-public.debit_use(bigint, uuid, text, bigint, uuid),
+public.debit_use(bigint, uuid, text, bigint, uuid, text),
 public.debit_use_batch(jsonb),
 public.find_payment(bigint, text),
+public.remove_generated_declines(integer),
 public.check_ledger(),
 public.audit_ledger()
 to service_role;

@@ -157,7 +157,7 @@ def test_data_of_an_older_dev_stack_that_asked_for_no_password_gets_one() -> Non
 
 @pytest.mark.parametrize("target", ["run", "test"])
 def test_make_without_python_says_what_to_install(target: str, tmp_path: Path) -> None:
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+    for name in ("Makefile", "requirements.txt", "requirements-dev.lock"):
         shutil.copy(ROOT / name, tmp_path)
     ended = run(["make", "-C", str(tmp_path), target, "PYTHON=python3.99"])
     assert ended.returncode == 2

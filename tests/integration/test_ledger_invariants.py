@@ -1,7 +1,7 @@
 """What the ledger holds by itself, whoever writes: chains, balances, and that nothing goes away."""
 
 from collections.abc import Iterator
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -208,12 +208,59 @@ def test_entries_and_declines_are_never_changed_or_removed(
     migrated_port: int, database: Database, change: str, role: str
 ) -> None:
     user_id = database.add_user(100)
+    decline(database, user_id, "a caller's key")
     refusals = (psycopg.errors.RestrictViolation, psycopg.errors.InsufficientPrivilege)
     with psycopg.connect(database_url(migrated_port), autocommit=True) as connection:
         connection.execute(f"set role {role}")
         with pytest.raises(refusals):
             connection.execute(change)
     assert entries(database, user_id) == [("opening", 100, 100)]
+    assert declined_keys(database, user_id) == {"a caller's key"}
+
+
+def decline(
+    database: Database, user_id: int, key: str, *, attempt: UUID | None = None, age: str = "0"
+) -> None:
+    database.connection.execute(
+        "insert into ledger.declines (user_id, idempotency_key, outcome, attempt, created_at) "
+        "values (%s, %s, 'insufficient_funds', %s, now() - %s::interval)",
+        (user_id, key, attempt, age),
+    )
+
+
+def declined_keys(database: Database, user_id: int) -> set[str]:
+    rows = database.connection.execute(
+        "select idempotency_key from ledger.declines where user_id = %s", (user_id,)
+    )
+    return {row[0] for row in rows}
+
+
+def test_only_declines_under_generated_keys_are_removed_and_only_after_a_day(
+    migrated_port: int, database: Database
+) -> None:
+    user_id = database.add_user(0)
+    attempts = {age: [uuid4(), uuid4()] for age in ("23 hours", "25 hours", "3 days")}
+    for age, (generated, of_caller) in attempts.items():
+        decline(database, user_id, str(generated), attempt=generated, age=age)
+        decline(database, user_id, f"till-{of_caller}", attempt=of_caller, age=age)
+    decline(database, user_id, str(uuid4()), attempt=uuid4(), age="3 days")
+    decline(database, user_id, str(uuid4()), age="3 days")
+    before = declined_keys(database, user_id)
+    with psycopg.connect(database_url(migrated_port), autocommit=True) as connection:
+        connection.execute("set role service_role")
+        removed = [
+            connection.execute("select public.remove_generated_declines(1)").fetchone()
+            for _ in range(3)
+        ]
+    assert removed == [(1,), (1,), (0,)]
+    gone = {str(attempts["25 hours"][0]), str(attempts["3 days"][0])}
+    assert declined_keys(database, user_id) == before - gone
+    for key in before - gone:
+        with pytest.raises(psycopg.errors.RestrictViolation):
+            database.connection.execute(
+                "delete from ledger.declines where user_id = %s and idempotency_key = %s",
+                (user_id, key),
+            )
 
 
 def test_a_user_with_entries_can_not_be_deleted(database: Database) -> None:

@@ -29,7 +29,6 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 USER, OTHER_USER, POOR_USER = 1, 2, 3
 # The document's pieces of SQL, each by a part that only it has.
 BY_USER = "partition by hash (user_id)"
-KEPT_PLANS = "alter function public.debit_use_batch(jsonb) set plan_cache_mode"
 BY_TIME = "partition by range (created_at)"
 NEXT_YEAR = "create table ledger.history_2029 ("
 LATE_YEAR = "detach partition ledger.history_rest"
@@ -202,13 +201,6 @@ def test_a_ledger_partitioned_by_user_may_be_migrated_again(ledger: Ledger) -> N
     apply_migrations(ledger.url)
     assert ledger.debit("after")["outcome"] == "debited"
     assert ledger.database.audit() == []
-
-
-def test_debits_go_on_in_a_ledger_by_user_whose_plans_are_kept(ledger: Ledger) -> None:
-    ledger.owner.execute(statements(BY_USER))
-    ledger.spend("before")
-    ledger.owner.execute(statements(KEPT_PLANS))
-    ledger.spend("after")
 
 
 def test_a_ledger_partitioned_by_time_gets_a_year_before_it_begins(ledger: Ledger) -> None:

@@ -102,7 +102,7 @@ def test_a_project_of_version_0_1_is_upgraded_as_the_documentation_says(
     cli("db", "push", f"--remote={url}", "--yes", *old_files)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute('insert into public."Users" (card_id, balance) values (1001, 5000)')
-    repair = re.search(r"^npx supabase (migration repair .*)$", DATABASE, re.MULTILINE)
+    repair = re.search(rf"^npx {CLI} (migration repair .*)$", DATABASE, re.MULTILINE)
     assert repair is not None
     cli(*repair[1].split(), f"--remote={url}", "--yes")
     cli("db", "push", "--include-seed", f"--remote={url}", "--yes")

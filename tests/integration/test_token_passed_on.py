@@ -1,12 +1,17 @@
-"""A caller's token goes on to the products service, which may refuse it, and nowhere else."""
+"""What token the products service gets: the service's own, or else the caller's."""
 
+import secrets
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import httpx
+import pytest
 from client import code_of, post_debit
 from database import Database
 from issuer import Issuer, Start, make_token, start
-from servers import RawServer, SocketServer, http_answer
+from servers import RawServer, SocketServer, http_answer, service_process
 
 
 class Guarded(SocketServer):
@@ -75,7 +80,7 @@ def test_a_retry_is_answered_although_the_products_service_refuses_the_token(
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
-    first, second = make_token(sub="first"), make_token(sub="second")
+    first, second = make_token(jti="first"), make_token(jti="second")
     with Guarded(refused=second) as products:
         settings = {"products_service_url": products.url, "products_cache_seconds": 0}
         service = start(start_service, issuer, **settings)
@@ -88,3 +93,64 @@ def test_a_retry_is_answered_although_the_products_service_refuses_the_token(
         ]
     assert [answer.status_code for answer in answers] == [200, 200]
     assert answers[0].content == answers[1].content
+
+
+SERVICE_TOKEN = secrets.token_hex()
+
+
+def test_the_products_service_gets_the_services_own_token_and_never_the_callers(
+    gateway_url: str, issuer: Issuer, database: Database, tmp_path: Path
+) -> None:
+    item_id, other_id = str(database.add_item()), str(uuid4())
+    caller = make_token()
+    log = tmp_path / "log"
+    with (
+        Guarded(refused=caller) as products,
+        log.open("wb") as file,
+        service_process(
+            *(gateway_url, products.url),
+            log=file,
+            AUTH_JWKS_URL=f"{issuer.url}/certs",
+            PRODUCTS_SERVICE_TOKEN=f'"{SERVICE_TOKEN}"',
+        ) as (_, url),
+    ):
+        for item in (item_id, other_id):
+            body = {"user_id": database.add_user(), "item_id": item}
+            headers = {"Authorization": f"Bearer {caller}"}
+            httpx.post(f"{url}/payments/debit", json=body, headers=headers)
+        assert products.authorizations == [f"Bearer {SERVICE_TOKEN}"] * 2
+    assert SERVICE_TOKEN not in log.read_text()
+    assert caller not in log.read_text()
+
+
+def test_a_service_without_authentication_has_a_token_for_the_products_service_too(
+    start_service: Start, database: Database
+) -> None:
+    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    with Guarded() as products:
+        settings = {"products_service_url": products.url, "products_service_token": SERVICE_TOKEN}
+        answer = start_service(**settings).post("/payments/debit", json=body)
+        assert answer.status_code == 200
+        assert products.authorizations == [f"Bearer {SERVICE_TOKEN}"]
+
+
+@pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
+def test_a_refusal_of_the_services_own_token_is_not_the_callers_fault(
+    gateway_url: str, database: Database, status: str, tmp_path: Path
+) -> None:
+    body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
+    log = tmp_path / "log"
+    with (
+        RawServer(http_answer(status, b'{"detail": "no"}')) as products,
+        log.open("wb") as file,
+        service_process(
+            *(gateway_url, products.url), log=file, PRODUCTS_SERVICE_TOKEN=SERVICE_TOKEN
+        ) as (_, url),
+    ):
+        answer = httpx.post(f"{url}/payments/debit", json=body)
+        assert (answer.status_code, code_of(answer)) == (503, "products_unavailable")
+        assert "retry-after" in answer.headers
+        assert SERVICE_TOKEN not in answer.text
+    told = log.read_text()
+    assert f"status {status[:3]} for PRODUCTS_SERVICE_TOKEN; set a valid token" in told
+    assert SERVICE_TOKEN not in told

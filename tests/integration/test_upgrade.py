@@ -93,7 +93,7 @@ def test_the_old_function_is_replaced_and_debits_go_on(old_url: str) -> None:
             item,
         ).fetchone()
         faults = connection.execute("select * from public.audit_ledger()").fetchall()
-    assert functions == [("debit_use(bigint,uuid,text,bigint,uuid)",)]
+    assert functions == [("debit_use(bigint,uuid,text,bigint,uuid,text)",)]
     assert outcome is not None
     assert outcome[0]["outcome"] == "debited"
     assert faults == []

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from app.main import PaymentService
 from app.server import make_config
 
 ROOT = Path(__file__).parent.parent.parent
+PINNED = "python:3.11-slim@sha256:x"
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -48,7 +50,39 @@ def check_health(url: str) -> int:
 
 
 def test_both_stages_stand_on_the_slim_image() -> None:
-    assert [stage.split()[0] for stage in arguments("FROM")] == ["python:3.11-slim"] * 2
+    assert pinned_images() in (["python:3.11-slim"] * 2, [PINNED] * 2)
+
+
+def pinned_images() -> list[str]:
+    """Name the base image of each stage, with the digest as x if there is one."""
+    names = [stage.split()[0] for stage in arguments("FROM")]
+    assert len(set(names)) == 1
+    return [re.sub(r"@sha256:[0-9a-f]{64}$", "@sha256:x", name) for name in names]
+
+
+def test_make_pins_the_base_image_by_the_digest_that_docker_tells(tmp_path: Path) -> None:
+    for name in ("Makefile", "Dockerfile"):
+        shutil.copy(ROOT / name, tmp_path)
+    docker = tmp_path / "docker"
+    pins = []
+    for letter in "ab":
+        docker.write_text(f"#!/bin/sh\necho sha256:{letter * 64}\n")
+        docker.chmod(0o755)
+        make(tmp_path, "pin-image")
+        text = (tmp_path / "Dockerfile").read_text()
+        pins.append(re.findall(r"^FROM (\S+)", text, re.MULTILINE))
+    assert pins == [[f"python:3.11-slim@sha256:{letter * 64}"] * 2 for letter in "ab"]
+    docker.write_text("#!/bin/sh\necho ERROR: unauthorized\n")
+    assert make(tmp_path, "pin-image", check=False) != 0
+    assert (tmp_path / "Dockerfile").read_text() == text
+
+
+def make(folder: Path, target: str, *, check: bool = True) -> int:
+    path = f"{folder}:{os.environ['PATH']}"
+    command = ["make", "--silent", target]
+    return subprocess.run(
+        command, cwd=folder, env=os.environ | {"PATH": path}, check=check, timeout=60
+    ).returncode
 
 
 def test_only_the_service_and_its_requirements_are_copied() -> None:

@@ -48,8 +48,8 @@ OF_ANSWERS = (
     (
         "another debit under the key answers for a removed item",
         "debit.py",
-        "        if earlier is None or not earlier.is_about(debit):\n",
-        "        if earlier is None:\n",
+        " or not earlier.is_about(sent.debit)",
+        "",
     ),
     (
         "an item that is not for sale goes to the database",
@@ -60,8 +60,8 @@ OF_ANSWERS = (
     (
         "the caller's key is not used",
         "debit.py",
-        "callers_key or str(uuid4())",
-        "str(uuid4())",
+        "callers_key or str(attempt)",
+        "str(attempt)",
     ),
     (
         "the expected price is not passed on",

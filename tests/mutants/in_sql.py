@@ -2,38 +2,33 @@
 
 from mutants.mutant import DEBIT_SQL, Mutant
 
-FIND = "  earlier := ledger.find_outcome(user_id_input, idempotency_key_input);\n"
-SAME_REQUEST = """  if earlier -> 'item_id' = answer -> 'item_id'
-    and earlier -> 'expected_price' = answer -> 'expected_price' then
-"""
-USER_INACTIVE = "    when not buyer.active then 'user_inactive'\n"
-ITEM_UNKNOWN = "    when wanted.id is null then 'item_not_found'\n"
-ITEM_INACTIVE = "    when not wanted.active then 'item_inactive'\n"
-PRICE = "    when wanted.price <> expected_price_input then 'price_changed'\n"
-FUNDS = "    when wanted.price > buyer.balance then 'insufficient_funds'\n"
-STORED = "    if idempotency_key_input is not null then\n"
-BATCH_CALL = (
-    "        debit.user_id, debit.item_id, debit.idempotency_key, debit.expected_price, "
-    "debit.attempt\n"
-)
+SAME_ITEM = "(earlier ->> 'item_id')::uuid is not distinct from debit.item_id"
+SAME_PRICE = "(earlier ->> 'expected_price')::bigint is not distinct from debit.expected_price"
+SAME_ACTOR = "coalesce(earlier ->> 'actor' = debit.actor, true)"
+USER_INACTIVE = "      when not debit.user_is_active then 'user_inactive'\n"
+ITEM_UNKNOWN = "      when debit.locked_item is null then 'item_not_found'\n"
+ITEM_INACTIVE = "      when not debit.item_is_active then 'item_inactive'\n"
+PRICE = "      when debit.price <> debit.expected_price then 'price_changed'\n"
+FUNDS = "      when debit.price > last_entry.balance_after then 'insufficient_funds'\n"
+BUSY_USER = "where card_id = debit.user_id and debit.locked_user is null"
+BUSY_ITEM = "where id = debit.item_id and debit.locked_item is null"
+WRITE = "    perform ledger.write_entries(entries);\n"
 
 OF_RULES = (
-    ("no key is looked up", FIND, "  earlier := null;\n"),
-    ("a reused key is told as a replay", SAME_REQUEST, "  if earlier is not null then\n"),
     (
-        "another item under the key is a replay",
-        SAME_REQUEST,
-        "  if earlier -> 'expected_price' = answer -> 'expected_price' then\n",
+        "no key is looked up",
+        "    if debit.is_known_key then\n",
+        "    if false then\n",
     ),
-    (
-        "another expected price under the key is a replay",
-        SAME_REQUEST,
-        "  if earlier -> 'item_id' = answer -> 'item_id' then\n",
-    ),
+    ("a reused key is told as a replay", "else 'idempotency_key_reused'", "else 'replayed'"),
+    ("another item under the key is a replay", SAME_ITEM, "true"),
+    ("another expected price under the key is a replay", SAME_PRICE, "true"),
+    ("another actor's key is a replay", SAME_ACTOR, "true"),
+    ("no actor is another actor", SAME_ACTOR, SAME_ACTOR.replace(", true", ", false")),
     (
         "an unknown user is told as inactive",
-        "'outcome', 'user_not_found'",
-        "'outcome', 'user_inactive'",
+        "then 'user_not_found'",
+        "then 'user_inactive'",
     ),
     ("an inactive user is sold to", USER_INACTIVE, ""),
     ("only inactive users are sold to", USER_INACTIVE, USER_INACTIVE.replace("not ", "")),
@@ -55,40 +50,67 @@ OF_RULES = (
     ("the balance is checked before the price", PRICE + FUNDS, FUNDS + PRICE),
     ("the balance is not checked", FUNDS, ""),
     ("the last coin cannot be spent", FUNDS, FUNDS.replace(" > ", " >= ")),
-    ("a debt of one is allowed", FUNDS, FUNDS.replace("buyer.balance", "buyer.balance + 1")),
-    ("declines are not stored", STORED, "    if false then\n"),
+    (
+        "a debt of one is allowed",
+        FUNDS,
+        FUNDS.replace("balance_after", "balance_after + 1"),
+    ),
+    (
+        "each debit of a call may spend the balance before the call",
+        FUNDS,
+        FUNDS.replace("last_entry.balance_after", "debit.balance"),
+    ),
+    (
+        "declines are not stored",
+        "        declined := declined || debit.place::integer;\n",
+        "",
+    ),
     (
         "a decline's price is not stored",
-        "        (answer ->> 'price')::bigint, attempt_input\n",
-        "        null, attempt_input\n",
+        "      (answers[place] ->> 'price')::bigint,\n",
+        "      null,\n",
     ),
-    ("the new price is not told", "    if refusal = 'price_changed' then\n", "    if false then\n"),
+    (
+        "the new price is not told",
+        "case result when 'price_changed' then debit.price end",
+        "null::bigint",
+    ),
     (
         "a decline's expected price is not stored",
-        "refusal, item_input, expected_price_input,\n",
-        "refusal, item_input, null,\n",
+        "      (debits[place]).expected_price,\n",
+        "      null,\n",
     ),
-    ("a free item costs one", "'debit', -wanted.price,", "'debit', -greatest(wanted.price, 1),"),
+    ("a decline's actor is not stored", "      (debits[place]).actor\n", "      null\n"),
+    (
+        "an entry's actor is not stored",
+        "debit.expected_price, debit.actor\n",
+        "debit.expected_price, null\n",
+    ),
+    (
+        "a free item costs one",
+        "debit.item_id, -debit.price, last_entry.balance_after - debit.price,",
+        "debit.item_id, -greatest(debit.price, 1),\n"
+        "last_entry.balance_after - greatest(debit.price, 1),",
+    ),
+    ("the entry is not written", WRITE, "    null;\n"),
     (
         "the balance is not updated",
-        '  update public."Users" set balance = entry.balance_after where',
-        '  update public."Users" set balance = entry.balance_after where false and',
+        '      update public."Users" set balance = entry.balance_after where',
+        '      update public."Users" set balance = entry.balance_after where false and',
     ),
     (
         "the amount has the sign of the entry",
-        "    'amount', -entry.amount_delta,\n    'new_balance', entry.balance_after,\n"
-        "    'created_at', entry.created_at\n  );",
-        "    'amount', entry.amount_delta,\n    'new_balance', entry.balance_after,\n"
-        "    'created_at', entry.created_at\n  );",
+        "        'amount', debit.price,\n",
+        "        'amount', -debit.price,\n",
     ),
     (
-        "the balance before the debit is told",
-        "    'new_balance', entry.balance_after,\n    'created_at', entry.created_at\n  );",
-        "    'new_balance', balance_before,\n    'created_at', entry.created_at\n  );",
+        "the balance before the call is told",
+        "        'new_balance', last_entry.balance_after,\n        'created_at'",
+        "        'new_balance', debit.balance,\n        'created_at'",
     ),
     (
         "the attempt is not the entry's id",
-        "coalesce(id_input, gen_random_uuid())",
+        "coalesce(debit.attempt, gen_random_uuid())",
         "gen_random_uuid()",
     ),
 )
@@ -96,19 +118,23 @@ OF_RULES = (
 OF_LOOKUPS = (
     (
         "a payment under another user's key is found",
-        "  where entry.user_id = user_id_input and entry.idempotency_key = idempotency_key_input\n",
-        "  where entry.idempotency_key = idempotency_key_input\n",
+        "  where entry.user_id = user_id_input and entry",
+        "  where entry",
     ),
     (
         "a decline under another user's key is found",
-        "  where decline.user_id = user_id_input and decline.idempotency_key = "
-        "idempotency_key_input\n",
-        "  where decline.idempotency_key = idempotency_key_input limit 1\n",
+        "  where decline.user_id = user_id_input and decline",
+        "  where decline",
+    ),
+    (
+        "payments are not found",
+        "and entry.idempotency_key = idempotency_key_input\n",
+        "and false\n",
     ),
     (
         "declines are not found",
-        "  from ledger.declines as decline\n",
-        "  from (select * from ledger.declines where false) as decline\n",
+        "and decline.idempotency_key = idempotency_key_input\n",
+        "and false\n",
     ),
     (
         "a repeated payment is told as the first",
@@ -129,11 +155,16 @@ OF_LOOKUPS = (
 
 OF_BATCHES = (
     (
-        "outcomes are in the opposite order",
-        "order by request.place\n",
-        "order by request.place desc\n",
+        "outcomes are in the order of decision",
+        "answers[debit.place] := jsonb_build_object(\n        'outcome', result",
+        "answers[cardinality(entries)] := jsonb_build_object(\n        'outcome', result",
     ),
-    ("a busy debit is told as declined", "'outcome', 'busy'", "'outcome', 'user_inactive'"),
+    (
+        "debits of a user are decided in the opposite order",
+        "order by request.user_id, request.place\n",
+        "order by request.user_id, request.place desc\n",
+    ),
+    ("a busy debit is told as declined", "result := 'busy';", "result := 'user_inactive';"),
     ("a batch waits for users", "for no key update skip locked", "for no key update"),
     ("a batch waits for items", "for key share skip locked", "for key share"),
     ("a batch locks users too strongly", "for no key update skip locked", "for update skip locked"),
@@ -142,21 +173,27 @@ OF_BATCHES = (
         "for key share skip locked",
         "for no key update skip locked",
     ),
+    ("a busy user is told as unknown", BUSY_USER, "where false"),
+    ("a busy item is told as unknown", BUSY_ITEM, "where false"),
     (
-        "an unknown user is told as busy",
-        "      debit.user_id = any(locked)\n      or not exists",
-        "      debit.user_id = any(locked)\n      and exists",
+        "a key that is used twice in a batch charges twice",
+        "    if debit.idempotency_key = any(user_keys) then\n",
+        "    if false then\n",
     ),
     (
-        "an unknown item is told as busy",
-        "      debit.item_id = any(locked_items)\n      or not exists",
-        "      debit.item_id = any(locked_items)\n      and exists",
+        "a repeat gets the answer of the next one",
+        "answers[repeated[number]] := repeat_answers[number];",
+        "answers[repeated[number]] := repeat_answers[1];",
     ),
-    ("a batch ignores keys", BATCH_CALL, BATCH_CALL.replace("debit.idempotency_key", "null")),
     (
-        "a batch ignores expected prices",
-        BATCH_CALL,
-        BATCH_CALL.replace("debit.expected_price", "null"),
+        "a user's entries continue those of the user before",
+        "    if debit.user_id is distinct from last_entry.user_id then\n",
+        "    if last_entry.user_id is null then\n",
+    ),
+    (
+        "only the first entry of a user changes the balance",
+        "if entry.user_id is distinct from entries[place + 1].user_id then",
+        "if entry.user_id is distinct from entries[place - 1].user_id then",
     ),
 )
 

@@ -6,6 +6,7 @@ under test: another implementation of the rules is compared on the same calls if
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 from uuid import UUID, uuid4
 
@@ -99,6 +100,8 @@ CALL = st.builds(
 class Calls(History):
     """Calls as the service's role, and another connection that holds rows."""
 
+    actors = (None, "till-1", "till-2")
+
     def __init__(
         self,
         functions: Functions,
@@ -167,8 +170,9 @@ class Calls(History):
     def send_single(self, debit: Debit) -> None:
         attempt = uuid4()
         outcome = self.ask(
-            f"{self.functions.single}(%s::bigint, %s::uuid, %s::text, %s::bigint, %s::uuid)",
-            *(debit.user_id, debit.item_id, debit.key, debit.expected_price, attempt),
+            f"{self.functions.single}(%s::bigint, %s::uuid, %s::text, %s::bigint, %s::uuid, %s)",
+            *(debit.user_id, debit.item_id, debit.key, debit.expected_price),
+            *(attempt, debit.actor),
         )
         self.assert_predicted(debit, attempt, outcome, by="single")
 
@@ -181,6 +185,8 @@ class Calls(History):
     def assert_predicted(
         self, debit: Debit, attempt: UUID | None, outcome: Outcome, *, by: str
     ) -> None:
+        if debit.key is None and attempt:
+            debit = replace(debit, key=str(attempt))
         answer, replayed = self.oracle.debit(debit)
         self.count(answer, by=by, replayed=replayed)
         if replayed:
@@ -194,6 +200,8 @@ class Calls(History):
         self.stored[answer] = outcome | {"replayed": True}
         if answer.code != "debited" and attempt:
             self.stored[answer]["attempt"] = str(attempt)
+        if debit.actor:
+            self.stored[answer]["actor"] = debit.actor
 
     def ask(self, call: str, *arguments: object) -> Any:
         row = self.service_role.execute(f"select {call}", arguments).fetchone()
@@ -213,6 +221,7 @@ def as_json(debit: Debit, attempt: UUID | None) -> dict[str, object]:
         "idempotency_key": debit.key,
         "expected_price": debit.expected_price,
         "attempt": attempt and str(attempt),
+        "actor": debit.actor,
     }
 
 

@@ -143,7 +143,7 @@ OTHER_MISTAKES = (
     Mutation(
         "a reused key returns the outcome of another debit",
         "debit.py",
-        " or not earlier.is_about(debit)",
+        " or not earlier.is_about(sent.debit)",
         "",
         "answers",
     ),

@@ -183,9 +183,13 @@ def _outage(schedule: Schedule, draw: random.Random) -> None:
 
 def _many_lookups(schedule: Schedule, draw: random.Random) -> None:
     """Far more lookups than connections, and a few debits behind them."""
-    _add_world(schedule, USERS, balance=10 * PRICE)
+    users = range(2000, 2060)  # few lookups of one user run at a time
+    _add_world(schedule, users, balance=10 * PRICE)
     schedule.execution_seconds = 0.05
-    _add_purchases(schedule, draw, draw.randint(2, 6), lambda: draw.uniform(0.1, 0.3), 1)
+    few = draw.randint(2, 6)
+    for number, user_id in enumerate(users):
+        arrival = draw.uniform(0.1, 0.3) if number < few else draw.uniform(20, 30)
+        _add_purchase(schedule, draw, user_id, [arrival])
     for _ in range(draw.randint(120, 150)):
         schedule.lookups.append((0.05, draw.choice(schedule.purchases).number))
 

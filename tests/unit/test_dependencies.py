@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+LISTS = ("requirements", "requirements-dev", "requirements-tools", "requirements-checkov")
+CLI = "supabase@3.1.0"
 # Permissive ones, and Mozilla's, which binds only whoever changes the package's own files.
 LICENCES = {
     *("MIT", "MIT-0", "MIT License", "Apache-2.0", "Apache Software License", "PSF-2.0"),
@@ -17,7 +19,7 @@ LICENCES = {
 def versions(name: str) -> dict[str, str]:
     """Read the versions from a file of requirements, by the package's normalized name."""
     text = (ROOT / name).read_text()
-    pins = re.findall(r"^([\w.-]+)==([^ \n]+)", text, re.MULTILINE)
+    pins = re.findall(r"^([\w.-]+)(?:\[\w+\])?==([^ \n]+)", text, re.MULTILINE)
     return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in pins}
 
 
@@ -25,17 +27,40 @@ def test_the_image_installs_what_is_asked_for() -> None:
     assert versions("requirements.lock") == versions("requirements.txt"), "make lock"
 
 
-def test_every_file_that_the_image_installs_is_known_by_its_hash() -> None:
-    lock = (ROOT / "requirements.lock").read_text()
-    entries = re.split(r"^(?=\w)", lock, flags=re.MULTILINE)[1:]
-    assert len(entries) == len(versions("requirements.txt"))
-    for entry in entries:
-        assert re.fullmatch(r"[\w.-]+==[\w.]+( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry)
+def test_every_file_that_is_installed_is_known_by_its_hash() -> None:
+    for name in LISTS:
+        lock = (ROOT / f"{name}.lock").read_text()
+        assert "://" not in lock
+        entries = re.split(r"^(?=\w)", lock, flags=re.MULTILINE)[1:]
+        assert len(entries) >= len(versions(f"{name}.txt"))
+        for entry in entries:
+            assert re.fullmatch(
+                r"[\w.-]+==[\w.]+( ; [^\n]+)?( \\\n    --hash=sha256:[0-9a-f]{64})+\n", entry
+            ), entry
+
+
+def test_tools_are_installed_at_the_version_that_is_asked_for() -> None:
+    for name in LISTS:
+        asked = versions(f"{name}.txt").items()
+        assert asked <= versions(f"{name}.lock").items(), "make lock"
+    makefile, installer = (
+        (ROOT / "Makefile").read_text(),
+        (ROOT / "devstack/install.py").read_text(),
+    )
+    assert "requirements-$*.txt" not in makefile
+    assert makefile.count("--require-hashes -r") == installer.count('"--require-hashes"') + 1
+
+
+def test_the_supabase_cli_has_one_version_wherever_it_is_named() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    named = [name for page in pages for name in re.findall(r"npx (\S+)", page.read_text())]
+    assert len(named) > 5
+    assert set(named) == {CLI}
 
 
 def test_every_tool_has_one_version() -> None:
-    for name in ("requirements-dev.txt", "requirements-checkov.txt", "requirements-tools.txt"):
-        for line in (ROOT / name).read_text().splitlines():
+    for name in LISTS:
+        for line in (ROOT / f"{name}.txt").read_text().splitlines():
             pinned = re.match(r"[\w.\[\]-]+==[\w.]+(  # .+)?$", line)
             assert pinned or line.startswith(("#", "-r ")) or not line, f"{name}: {line}"
 

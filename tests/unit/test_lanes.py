@@ -1,6 +1,7 @@
 """What becomes of debits when their time is up, or a bug strikes, between two turns of the loop."""
 
 import asyncio
+import json
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -10,8 +11,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.errors import LedgerUnavailable
-from app.group_commit import LANES, GroupCommit
-from app.ledger import Ledger
+from app.group_commit import LANES, GroupCommit, Waiting
+from app.ledger import Ledger, write_debit
 from app.outcomes import Debited, KeyedDebit, Outcome
 from app.retry_after import Pause
 from app.schemas import DebitRequest
@@ -126,3 +127,21 @@ def test_a_bug_in_a_batch_strands_neither_it_nor_those_behind(
 
     asyncio.run(fail())
     assert "a batch of 2 failed" in caplog.text
+
+
+@pytest.mark.parametrize("key", [None, "till-1", "a\\b" * 80])
+@pytest.mark.parametrize("price", [None, 0, 2**63 - 1])
+@pytest.mark.parametrize("actor", [None, "kiosk-1", 'a "name"'])
+@pytest.mark.parametrize("user_id", [1, 2**63 - 1])
+def test_a_debit_takes_as_many_bytes_of_a_request_as_it_is_counted_for(
+    key: str | None, price: int | None, actor: str | None, user_id: int
+) -> None:
+    attempt = uuid4()
+    debit = DebitRequest(user_id=user_id, item_id=ITEM, expected_price=price)
+    sent = KeyedDebit(debit, key or str(attempt), attempt, actor)
+    written = json.dumps(write_debit(sent), separators=(",", ":"))
+
+    async def size() -> int:
+        return Waiting(sent, deadline=0, arrived=0).size_bytes
+
+    assert asyncio.run(size()) == len(written) + len(",")

@@ -1,0 +1,60 @@
+"""Limits for each user, so that one user's requests leave room for those of others."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from weakref import WeakValueDictionary
+
+from app.errors import LedgerUnavailable, Overloaded
+
+WAITING_OF_USER_MAX = 64
+LOOKUPS_AT_ONCE_OF_USER_MAX = 2  # fewer than LOOKUPS_MAX of all users
+
+
+class UserLimit:
+    """Counts the debits of each user that wait, and refuses more than the maximum."""
+
+    def __init__(self) -> None:
+        self._waiting: Counter[int] = Counter()
+
+    def enter(self, user_id: int) -> None:
+        """Count a debit of a user.
+
+        Raises:
+            Overloaded: as many of this user as are allowed wait already.
+        """
+        if self._waiting[user_id] >= WAITING_OF_USER_MAX:
+            raise Overloaded(f"{WAITING_OF_USER_MAX} debits of this user are waiting already")
+        self._waiting[user_id] += 1
+
+    def leave(self, user_id: int) -> None:
+        """Stop counting a debit of a user."""
+        self._waiting[user_id] -= 1
+        if not self._waiting[user_id]:
+            del self._waiting[user_id]
+
+
+class UserTurns:
+    """Lets a few lookups of a user run at a time, however long they take; the others queue."""
+
+    def __init__(self) -> None:
+        self._turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
+
+    @asynccontextmanager
+    async def turn(self, user_id: int, deadline: float) -> AsyncIterator[None]:
+        """Wait for a turn; it ends with the block. The deadline is of the event loop's clock.
+
+        Raises:
+            LedgerUnavailable: the deadline came first.
+        """
+        turns = self._turns.setdefault(user_id, asyncio.Semaphore(LOOKUPS_AT_ONCE_OF_USER_MAX))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await turns.acquire()
+        except TimeoutError as error:
+            raise LedgerUnavailable from error
+        try:
+            yield
+        finally:
+            turns.release()

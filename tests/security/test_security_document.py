@@ -1,0 +1,65 @@
+"""What docs/security.md says holds: its SQL and commands run, its limits are those of the code."""
+
+import re
+from pathlib import Path
+
+import pytest
+from database import Database
+
+from app import http_protocol, observability, requests, tracing, user_limits
+from app.issuer_keys import KEYS_BYTES_MAX
+from app.main import LEDGER_RESPONSE_BYTES_MAX
+from app.products import ITEM_BYTES_MAX
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "security.md").read_text()
+KIB = 1024
+
+LIMITS = {
+    "request line and headers": f"{http_protocol.HEAD_BYTES_MAX // KIB} KiB, "
+    f"{http_protocol.HEADERS_MAX} headers, {http_protocol.HEAD_SECONDS_MAX:.0f} s",
+    "address": f"{http_protocol.ESCAPES_MAX:,} percent-encoded characters",
+    "query": f"{observability.QUERY_BYTES_MAX // KIB} KiB, "
+    f"{observability.PARAMETERS_MAX} parameters",
+    "body": f"{requests.BODY_BYTES_MAX // KIB} KiB, {requests.BODY_SECONDS_MAX:.0f} s, "
+    f"{requests.FIELDS_MAX} fields",
+    "trailers of a chunked body": f"{http_protocol.HEAD_BYTES_MAX // KIB} KiB, "
+    f"{http_protocol.HEADERS_MAX}; they are ignored",
+    "pipelined requests": f"{http_protocol.PIPELINED_MAX}, then the service stops reading",
+    "responses that the caller does not read": f"{http_protocol.WRITE_SECONDS_MAX:.0f} s without "
+    "progress",
+    "connections": f"{http_protocol.CONNECTIONS_MAX:,}, and "
+    f"{http_protocol.RESERVED_CONNECTIONS_MAX} more for probes",
+    "debits of one user that wait": f"{user_limits.WAITING_OF_USER_MAX}",
+    "debits that wait": "`DEBITS_WAITING_MAX`",
+    "traces": f"{tracing.TRACES_PER_SECOND_MAX} a second",
+    "responses of dependencies": f"{ITEM_BYTES_MAX // KIB} KiB, {KEYS_BYTES_MAX // KIB} KiB and "
+    f"{LEDGER_RESPONSE_BYTES_MAX // KIB**2} MiB after decompression",
+}
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    section = TEXT.partition("\n## Limits\n")[2].partition("\nMeasured")[0]
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]*\|$", section, re.MULTILINE)
+    assert dict(rows[2:]) == LIMITS
+
+
+def test_the_sql_runs(database: Database) -> None:
+    statements = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
+    assert statements
+    for statement in statements:
+        database.connection.execute(statement)
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z-]+)", TEXT))))
+def test_make_knows_what_is_asked_of_it(target: str) -> None:
+    assert re.search(rf"(?m)^{target}:.*## ", (ROOT / "Makefile").read_text())
+
+
+def test_every_secret_setting_has_a_line() -> None:
+    readme = (ROOT / "README.md").read_text()
+    secrets = re.findall(r"^\| `(\w+)` \| \w+, secret \|", readme, re.MULTILINE)
+    assert len(secrets) == 2
+    table = TEXT.partition("\n## Leaked keys and tokens\n")[2].partition("\n## ")[0]
+    for name in secrets:
+        assert f"\n| `{name}` | " in table
