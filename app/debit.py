@@ -114,11 +114,11 @@ class Debits:
         except (ItemNotFound, ItemInactive, ProductsUnavailable, Forbidden) as refusal:
             if callers_key is None:
                 raise
-            sent = KeyedDebit(debit, callers_key, uuid4(), _actor(caller))
+            sent = KeyedDebit(debit, callers_key, str(uuid4()), _actor(caller))
             return _charged(await self._find_earlier(sent, deadline, refusal))
-        attempt = uuid4()
+        attempt = str(uuid4())
         # A key that is the attempt's id is generated; the ledger keeps its decline for a day.
-        sent = KeyedDebit(debit, callers_key or str(attempt), attempt, _actor(caller))
+        sent = KeyedDebit(debit, callers_key or attempt, attempt, _actor(caller))
         return _charged(await self._group_commit.debit(sent, deadline))
 
     async def _find_earlier(

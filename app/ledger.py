@@ -174,7 +174,7 @@ class Ledger:
             "item_input": str(sent.debit.item_id),
             "idempotency_key_input": sent.key,
             "expected_price_input": sent.debit.expected_price,
-            "attempt_input": str(sent.attempt),
+            "attempt_input": sent.attempt,
             "actor_input": sent.actor,
         }
         metrics.BATCH_SIZE.observe(1)
@@ -275,7 +275,7 @@ def write_debit(sent: KeyedDebit) -> JSON:
     written: dict[str, JSON] = {
         "user_id": debit.user_id,
         "item_id": str(debit.item_id),
-        "attempt": str(sent.attempt),
+        "attempt": sent.attempt,
     }
     if not sent.has_generated_key:
         written["idempotency_key"] = sent.key

@@ -40,13 +40,13 @@ class KeyedDebit(NamedTuple):
 
     debit: DebitRequest
     key: str
-    attempt: UUID
+    attempt: str
     actor: str | None = None
 
     @property
     def has_generated_key(self) -> bool:
         """Tell whether the key is the attempt's id, which the ledger takes if it gets no key."""
-        return self.key == str(self.attempt)
+        return self.key == self.attempt
 
 
 class Debited(Payment):
@@ -123,7 +123,7 @@ def read_outcome(answer: object, sent: KeyedDebit) -> Outcome:
     outcome = _OUTCOME.validate_python(answer)
     if not outcome.is_about(sent.debit):
         raise ValueError("the outcome is about another debit")
-    if outcome.replayed and outcome.attempt == sent.attempt:
+    if outcome.replayed and str(outcome.attempt) == sent.attempt:
         return outcome.model_copy(update={"replayed": False})
     return outcome
 

@@ -60,8 +60,8 @@ OF_ANSWERS = (
     (
         "the caller's key is not used",
         "debit.py",
-        "callers_key or str(attempt)",
-        "str(attempt)",
+        "callers_key or attempt, attempt",
+        "attempt, attempt",
     ),
     (
         "the expected price is not passed on",

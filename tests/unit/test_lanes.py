@@ -47,7 +47,7 @@ class FakeLedger:
 
 
 def keyed(user_id: int, key: str) -> KeyedDebit:
-    return KeyedDebit(DebitRequest(user_id=user_id, item_id=ITEM), key, uuid4())
+    return KeyedDebit(DebitRequest(user_id=user_id, item_id=ITEM), key, str(uuid4()))
 
 
 def debited(debit: DebitRequest) -> Debited:
@@ -136,9 +136,9 @@ def test_a_bug_in_a_batch_strands_neither_it_nor_those_behind(
 def test_a_debit_takes_as_many_bytes_of_a_request_as_it_is_counted_for(
     key: str | None, price: int | None, actor: str | None, user_id: int
 ) -> None:
-    attempt = uuid4()
+    attempt = str(uuid4())
     debit = DebitRequest(user_id=user_id, item_id=ITEM, expected_price=price)
-    sent = KeyedDebit(debit, key or str(attempt), attempt, actor)
+    sent = KeyedDebit(debit, key or attempt, attempt, actor)
     written = json.dumps(write_debit(sent), separators=(",", ":"))
 
     async def size() -> int:
