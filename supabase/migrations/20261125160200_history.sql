@@ -243,16 +243,20 @@ create or replace function ledger.verify_entry() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
-declare
-  last_entry record;
 begin
-  select seq, balance_after, created_at into last_entry from public."Transaction_History"
-  where user_id = new.user_id
-  order by seq desc
-  limit 1;
-  if new.seq is distinct from coalesce(last_entry.seq, 0) + 1
-    or new.balance_after is distinct from coalesce(last_entry.balance_after, 0) + new.amount_delta
-    or new.created_at < last_entry.created_at then
+  if not coalesce(
+    (
+      select new.seq = last_entry.seq + 1
+        and new.balance_after = last_entry.balance_after + new.amount_delta
+        and new.created_at >= last_entry.created_at
+      from public."Transaction_History" as last_entry
+      where last_entry.user_id = new.user_id
+      order by last_entry.seq desc
+      limit 1
+    ),
+    new.seq = 1 and new.balance_after = new.amount_delta,
+    false
+  ) then
     raise exception using
       errcode = 'check_violation',
       message = 'entries of "Transaction_History" are written by functions only: call '
@@ -274,6 +278,15 @@ declare
   last_entry record;
   entry_kind text := 'adjustment';
 begin
+  -- The usual case, in one query.
+  if new.balance = (
+    select balance_after from public."Transaction_History"
+    where user_id = new.card_id and new.balance >= 0
+    order by seq desc
+    limit 1
+  ) then
+    return null;
+  end if;
   if new.balance < 0 and (tg_op = 'INSERT' or new.balance < old.balance) then
     raise exception 'the balance of user % would fall below zero', new.card_id
     using
