@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from servers import free_port
+from servers import free_port, unmeasured
 
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 60
@@ -27,11 +27,6 @@ def free_stack_ports() -> dict[str, int]:
 def command(data: Path, ports: dict[str, int]) -> list[str]:
     options = [word for name, port in ports.items() for word in (name, str(port))]
     return [sys.executable, "-m", "devstack", "--data", str(data), *options]
-
-
-def unmeasured() -> dict[str, str]:
-    """Return the environment without the coverage of app, which would take a third of the time."""
-    return {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

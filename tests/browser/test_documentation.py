@@ -27,9 +27,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.main import PaymentService
 from devstack.postgres import apply_seed, database_url
 
+# A browser uses the whole machine. On a busy one it stops drawing, and a click waits for drawing.
+pytestmark = pytest.mark.alone
+
 ARGUMENTS = [
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    "--disable-gpu-watchdog",
     # Also on a machine with a network, no other than this one can be reached.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]

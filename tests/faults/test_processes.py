@@ -20,7 +20,7 @@ import psycopg
 import pytest
 from client import ask_outcome, connect, post_debit
 from database import Database, locked
-from servers import await_true, free_port, make_settings, served, service_process
+from servers import await_true, free_port, make_settings, measured, served, service_process
 from timing import assert_below, repeated_if_too_slow
 
 from app.main import PaymentService
@@ -46,7 +46,7 @@ def test_sigterm_lets_debits_under_way_finish_and_be_answered(
 ) -> None:
     users, item_id = [database.add_user(5000), database.add_user(5000)], database.add_item(350)
     with (
-        service_process(gateway_url, products_url) as (process, url),
+        service_process(gateway_url, products_url, **measured()) as (process, url),  # type: ignore[arg-type]  # texts
         connect(url) as service,
         ThreadPoolExecutor() as clients,
     ):

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from database import Database, locked
 from programs import find_program, unavailable
-from servers import await_true, service_process
+from servers import await_true, measured, service_process
 
 from app.http_protocol import CONNECTIONS_MAX
 from app.http_protocol import RESERVED_CONNECTIONS_MAX as RESERVED
@@ -74,7 +74,7 @@ def process(
     log = tmp_path_factory.mktemp("log") / "log"
     with (
         log.open("wb") as file,
-        service_process(gateway_url, products_url, log=file) as (_, url),
+        service_process(gateway_url, products_url, log=file, **measured()) as (_, url),  # type: ignore[arg-type]  # texts
     ):
         yield Process(url, httpx.URL(url).port or 0, log)
 
@@ -266,7 +266,7 @@ def test_sigterm_waits_for_slow_callers_no_longer_than_their_deadlines(
     head, content = debit(body)
     with (
         (tmp_path / "log").open("wb") as log,
-        service_process(gateway_url, products_url, log=log) as (service, url),
+        service_process(gateway_url, products_url, log=log, **measured()) as (service, url),  # type: ignore[arg-type]  # texts
         socket.socket() as deaf,
         socket.socket() as half_body,
     ):

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from database import Database
 from issuer import Issuer, make_token
-from servers import RawServer, service_process
+from servers import RawServer, measured, service_process
 
 from devstack.keys import SERVICE_ROLE_KEY
 
@@ -48,7 +48,7 @@ def logged(gateway_url: str, products_url: str, tmp_path: Path) -> Callable[...,
         addresses = {"supabase_url": gateway_url, "products_service_url": products_url}
         with (
             path.open("wb") as log,
-            service_process(**(addresses | settings), log=log) as (process, url),  # type: ignore[arg-type]  # all are texts
+            service_process(**(addresses | measured() | settings), log=log) as (process, url),  # type: ignore[arg-type]  # all are texts
         ):
             with httpx.Client(base_url=url) as client:
                 use(client)

@@ -20,6 +20,7 @@ from servers import (
     await_true,
     free_port,
     http_answer,
+    measured,
     served,
     service_process,
 )
@@ -90,7 +91,7 @@ def traced(postgres_port: int, collector_url: str) -> Iterator[tuple[httpx.Clien
     with (
         served(watched) as supabase_url,
         served(products) as products_url,
-        service_process(supabase_url, products_url, **settings) as (process, url),  # type: ignore[arg-type]  # texts
+        service_process(supabase_url, products_url, **measured(), **settings) as (process, url),  # type: ignore[arg-type]  # texts
         connect(url) as client,
     ):
         yield client, watched
