@@ -114,7 +114,10 @@ begin
       where nspname = 'ledger'
       union all
       select relowner, format('alter table %s', oid::regclass) from pg_class
-      where relnamespace = to_regnamespace('ledger') and relkind in ('r', 'p', 'v')
+      where relnamespace = to_regnamespace('ledger') and relkind in ('r', 'p')
+      union all
+      select relowner, format('alter type %s', reltype::regtype) from pg_class
+      where relnamespace = to_regnamespace('ledger') and relkind = 'c'
       union all
       select proowner, format('alter routine %s', oid::regprocedure) from pg_proc
       where pronamespace = to_regnamespace('ledger')

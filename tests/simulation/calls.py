@@ -52,19 +52,20 @@ class Call:
 
 
 def read_debits(function: str, arguments: Mapping[str, object]) -> list[Debit]:
-    """Read the debits of a call; the attempt is optional."""
+    """Read the debits of a call; the attempt is optional, and the key of a debit without one."""
     if function == "debit_use":
         names = ("user_id_input", "item_input", "idempotency_key_input", "expected_price_input")
-        values = [arguments.get(name) for name in (*names, "attempt_input")]
-        return [Debit(*values)]  # type: ignore[arg-type] # the service's own JSON
+        return [_read_debit(arguments, *names, "attempt_input")]
     if function == "debit_use_batch":
         names = ("user_id", "item_id", "idempotency_key", "expected_price")
         debits = cast("list[dict[str, object]]", arguments["debits"])
-        return [
-            Debit(*[debit.get(name) for name in (*names, "attempt")])  # type: ignore[arg-type] # as above
-            for debit in debits
-        ]
+        return [_read_debit(debit, *names, "attempt") for debit in debits]
     return []
+
+
+def _read_debit(members: Mapping[str, object], *names: str) -> Debit:
+    user_id, item_id, key, expected_price, attempt = (members.get(name) for name in names)
+    return Debit(user_id, item_id, key or attempt, expected_price, attempt)  # type: ignore[arg-type] # the service's own JSON
 
 
 def summarize(data: object) -> str:
