@@ -84,7 +84,7 @@ OF_FAULTS = (
     (
         "its own lost response is a replay",
         "outcomes.py",
-        "    if outcome.replayed and outcome.attempt == sent.attempt:\n",
+        "    if outcome.replayed and str(outcome.attempt) == sent.attempt:\n",
         "    if False:\n",
     ),
     (
