@@ -1,10 +1,12 @@
 """The HTTP server: where it listens, what it allows a connection, and how it stops."""
 
 import asyncio
+import ctypes
 import errno
 import resource
 import signal
 import socket
+import struct
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
@@ -19,11 +21,21 @@ GRACEFUL_SHUTDOWN_SECONDS_MAX = 20
 # After SIGTERM new requests are still served for so long, and every response closes its connection,
 # so that no client sends a request on a connection that is being closed.
 DRAIN_SECONDS = 1.0
+HANDSHAKES_SECONDS = 0.2  # for connections that are being established when no more are taken
 LAST_REQUESTS_SECONDS = 0.2  # for connections that were accepted last
 # Longer than proxies keep an idle connection (60 s as a rule): a proxy that sends on one just as
 # the service closes it responds with 502 by itself.
 KEEP_ALIVE_SECONDS = 75
 OPEN_FILES = 2 * CONNECTIONS_MAX
+# Drops the packets that ask for a connection (TCP flag SYN) and lets all others through. Each line
+# is a struct sock_filter: https://www.kernel.org/doc/Documentation/networking/filter.txt
+SO_ATTACH_FILTER = 26
+DROP_SYN = (
+    (0x30, 0, 0, 13),  # load the byte of flags of the TCP header
+    (0x45, 0, 1, 0x02),  # unless SYN is set, skip one
+    (0x06, 0, 0, 0),  # drop
+    (0x06, 0, 0, 0xFFFFFFFF),  # keep
+)
 NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
 
 
@@ -52,7 +64,11 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         await asyncio.sleep(DRAIN_SECONDS)
-        # The kernel resets connections that nobody has accepted when their listener is closed.
+        # The kernel resets connections that nobody has accepted when their listener is closed. So
+        # first no more are established: their clients ask again after a second and are refused.
+        for listener in self._listeners:
+            stop_connections(listener)
+        await asyncio.sleep(HANDSHAKES_SECONDS)
         waiting = [connection for listener in self._listeners for connection in _accept(listener)]
         for server in self.servers:
             server.close()
@@ -65,6 +81,20 @@ class DrainingServer(uvicorn.Server):
     def _make_protocol(self) -> LimitedHttpProtocol:
         return LimitedHttpProtocol(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+
+def stop_connections(listener: socket.socket) -> None:
+    """Have the kernel drop what asks for a new connection; only Linux can."""
+    if sys.platform != "linux":
+        return
+    program = b"".join(struct.pack("HBBI", *instruction) for instruction in DROP_SYN)
+    buffer = ctypes.create_string_buffer(program)
+    with suppress(OSError):  # without it, few connections are reset
+        listener.setsockopt(
+            socket.SOL_SOCKET,
+            SO_ATTACH_FILTER,
+            struct.pack("HP", len(DROP_SYN), ctypes.addressof(buffer)),
         )
 
 

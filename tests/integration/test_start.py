@@ -14,7 +14,7 @@ import pytest
 from database import Database
 from servers import RawServer, await_health, await_ready, await_true, free_port, service_process
 
-from app.server import listen
+from app.server import listen, stop_connections
 
 ROOT = Path(__file__).parent.parent.parent
 SETTINGS = {
@@ -182,3 +182,27 @@ def test_several_workers_are_refused_with_the_reason(
 def test_one_worker_is_no_fault(gateway_url: str, products_url: str, workers: str) -> None:
     with service_process(gateway_url, products_url, WEB_CONCURRENCY=workers) as (_, url):
         await_ready(url)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has socket filters")
+@pytest.mark.parametrize("host", ["127.0.0.1", *(["::1"] if has_ipv6() else [])])
+def test_a_listener_that_takes_no_more_connections_resets_none(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as listener, socket.socket(family) as late:
+        listener.bind((host, 0))
+        listener.listen()
+        address = listener.getsockname()[:2]
+        with socket.create_connection(address) as early:
+            early.sendall(b"first")
+            stop_connections(listener)
+            late.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                late.connect(address)
+            accepted, _ = listener.accept()  # it was established before
+            with accepted:
+                early.sendall(b" second")
+                early.shutdown(socket.SHUT_WR)
+                assert accepted.makefile("rb").read() == b"first second"
+        listener.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(address)
