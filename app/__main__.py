@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from contextlib import suppress
 
-from app.server import serve
+from app.server.server import serve
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,33 +16,33 @@ from starlette.types import Receive, Scope, Send
 from supabase import AsyncClient, AsyncClientOptions
 
 from app import __version__
-from app.auth import Authentication
-from app.debit import Debits
-from app.declines import keep_removing_generated_declines
-from app.documentation import add_documentation
+from app.api.documentation import add_documentation
+from app.api.problems import answer_http_exception, answer_invalid_parameters, answer_payment_error
+from app.api.readiness import Readiness
+from app.api.routes import PROTECTED_PATHS, Services, add_routes
+from app.api.schemas import DebitRequest, Payment, Problem, SchemasAsWritten
+from app.auth.authentication import Authentication
+from app.auth.issuer_keys import KEYS_BYTES_MAX, KEYS_TIMEOUT_SECONDS, IssuerKeys
 from app.errors import PaymentError
-from app.group_commit import GroupCommit
-from app.http_client import http_client
-from app.issuer_keys import KEYS_BYTES_MAX, KEYS_TIMEOUT_SECONDS, IssuerKeys
-from app.ledger import CALL_TIMEOUT_SECONDS, CALLS_MAX, LOOKUPS_MAX, Ledger
-from app.logs import configure_logging
-from app.observability import RequestContext
-from app.problems import answer_http_exception, answer_invalid_parameters, answer_payment_error
-from app.products import ITEM_BYTES_MAX, PRODUCTS_TIMEOUT_SECONDS, Products
-from app.readiness import Readiness
-from app.retry_after import Pause
-from app.routes import PROTECTED_PATHS, Services, add_routes
-from app.schemas import DebitRequest, Payment, Problem, SchemasAsWritten
-from app.settings import Settings, load_settings, warn_of_doubtful_settings
-from app.startup import (
+from app.http_client.client import http_client
+from app.http_client.retry_after import Pause
+from app.ledger.client import CALL_TIMEOUT_SECONDS, CALLS_MAX, LOOKUPS_MAX, Ledger
+from app.ledger.generated_declines import keep_removing_generated_declines
+from app.ledger.group_commit import GroupCommit
+from app.payments.debits import Debits
+from app.products.client import ITEM_BYTES_MAX, PRODUCTS_TIMEOUT_SECONDS, Products
+from app.server.startup import (
     building,
     check_trace_variables,
     describe_startup_failure,
     trace_variables,
     with_startup_message,
 )
-from app.tracing import RequestSpans
-from app.workers import refuse_several_workers
+from app.server.workers import refuse_several_workers
+from app.settings import Settings, load_settings, warn_of_doubtful_settings
+from app.telemetry.logs import configure_logging
+from app.telemetry.middleware import RequestContext
+from app.telemetry.tracing import RequestSpans
 
 LEDGER_RESPONSE_BYTES_MAX = 1024 * 1024
 GARBAGE_THRESHOLD = 5_000  # objects; higher takes memory and gains nothing
@@ -146,7 +146,7 @@ async def _lifespan(app: PaymentService) -> AsyncIterator[dict[str, Services]]:
             check_trace_variables()
             with building("the exporter of traces", *trace_variables()):
                 # Where nobody asks for traces, their libraries take neither time nor memory.
-                from app.trace_export import exported_traces  # noqa: PLC0415
+                from app.telemetry.trace_export import exported_traces  # noqa: PLC0415
 
                 stack.enter_context(exported_traces(settings.otel_exporter_otlp_endpoint))
         products_client = await stack.enter_async_context(

@@ -8,14 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from app.environment import (
-    SERVICE_LINK,
-    Environment,
-    SettingsError,
-    find_meant,
-    read_environment,
-)
-from app.setting_types import (
+from app.environment.types import (
     CollectorAddress,
     InCapitals,
     KeysAddress,
@@ -28,6 +21,13 @@ from app.setting_types import (
     SupabaseKey,
     is_loopback,
     key_claims,
+)
+from app.environment.variables import (
+    SERVICE_LINK,
+    Environment,
+    SettingsError,
+    find_meant,
+    read_environment,
 )
 
 __all__ = ["Settings", "SettingsError", "load_settings", "warn_of_doubtful_settings"]

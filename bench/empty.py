@@ -5,7 +5,7 @@ from uuid import UUID
 
 from fastapi import FastAPI
 
-from app.schemas import DebitRequest, Payment
+from app.api.schemas import DebitRequest, Payment
 
 app = FastAPI()
 

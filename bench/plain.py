@@ -12,7 +12,7 @@ import httpx
 from fastapi import FastAPI, HTTPException
 from supabase import create_client
 
-from app.schemas import DebitRequest
+from app.api.schemas import DebitRequest
 
 app = FastAPI()
 

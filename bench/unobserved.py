@@ -3,7 +3,7 @@
 from prometheus_client import Counter, Histogram
 
 from app.main import PaymentService
-from app.observability import RequestContext
+from app.telemetry.middleware import RequestContext
 
 
 def _nothing(*_: object) -> None:

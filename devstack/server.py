@@ -8,7 +8,7 @@ import threading
 import uvicorn
 from starlette.types import ASGIApp
 
-from app.server import serve
+from app.server.server import serve
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
 from devstack.postgres import database_url

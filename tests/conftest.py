@@ -12,7 +12,7 @@ from hypothesis import Phase, settings
 from issuer import Issuer
 from servers import free_port, make_settings, served
 
-from app.ledger import CALL_TIMEOUT_SECONDS
+from app.ledger.client import CALL_TIMEOUT_SECONDS
 from app.main import PaymentService
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET

@@ -17,7 +17,7 @@ import uvicorn
 from client import connect
 from starlette.types import ASGIApp
 
-from app.server import listen, make_config
+from app.server.server import listen, make_config
 from app.settings import Settings
 from devstack.keys import SERVICE_ROLE_KEY
 

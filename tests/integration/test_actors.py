@@ -8,7 +8,7 @@ import pytest
 from database import Database
 from issuer import Issuer, Start, code, make_token, start
 
-from app.auth import ACTOR_LENGTH_MAX, read_actor
+from app.auth.authentication import ACTOR_LENGTH_MAX, read_actor
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from issuer import (
     start,
 )
 
-from app.auth import LEEWAY_SECONDS
+from app.auth.authentication import LEEWAY_SECONDS
 
 ALGORITHMS = ["RS256", "RS512", "PS256", "ES256", "ES384", "EdDSA"]
 

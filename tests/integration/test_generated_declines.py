@@ -8,9 +8,9 @@ from database import Database
 from servers import make_settings
 from supabase import AsyncClient, AsyncClientOptions
 
-from app.declines import remove_generated_declines
-from app.http_client import http_client
-from app.ledger import REMOVED_ROWS_MAX, Ledger
+from app.http_client.client import http_client
+from app.ledger.client import REMOVED_ROWS_MAX, Ledger
+from app.ledger.generated_declines import remove_generated_declines
 
 
 def count_declines(database: Database, user_id: int) -> int:

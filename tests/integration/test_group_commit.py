@@ -19,7 +19,7 @@ from faulty_gateway import FAULTS, FaultyGateway
 from servers import await_ready, await_true
 from timing import assert_below, repeated_if_too_slow
 
-from app.group_commit import SINGLE_CALLS_MAX
+from app.ledger.group_commit import SINGLE_CALLS_MAX
 from devstack.postgres import database_url
 
 Start = Callable[..., httpx.Client]

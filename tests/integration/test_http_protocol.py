@@ -18,8 +18,8 @@ from database import Database, locked
 from programs import find_program, unavailable
 from servers import await_true, measured, service_process
 
-from app.http_protocol import CONNECTIONS_MAX
-from app.http_protocol import RESERVED_CONNECTIONS_MAX as RESERVED
+from app.server.protocol import CONNECTIONS_MAX
+from app.server.protocol import RESERVED_CONNECTIONS_MAX as RESERVED
 
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
 OFFERS = {

@@ -15,10 +15,10 @@ from issuer import LET_IN, Issuer, Start, ask, code, make_token, published, star
 from servers import RawServer, await_true, free_port, http_answer
 from timing import assert_below, repeated_if_too_slow
 
-from app.auth import Authentication
+from app.auth.authentication import Authentication
+from app.auth.issuer_keys import KEYS_BYTES_MAX, KEYS_TIMEOUT_SECONDS, IssuerKeys
 from app.errors import AuthenticationUnavailable
-from app.http_client import http_client
-from app.issuer_keys import KEYS_BYTES_MAX, KEYS_TIMEOUT_SECONDS, IssuerKeys
+from app.http_client.client import http_client
 
 
 class HeldIssuer(Issuer):

@@ -26,7 +26,7 @@ TRACEPARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
 
 FAIL = """
 import logging
-from app.logs import configure_logging
+from app.telemetry.logs import configure_logging
 
 def debit(key):
     raise RuntimeError("a bug")

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+from app.api.schemas import BIGINT_MAX
 from app.main import PaymentService
-from app.schemas import BIGINT_MAX
 from devstack.postgres import apply_seed, database_url
 
 KEY_HEADER = "Idempotency-Key"

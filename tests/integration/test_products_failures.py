@@ -17,9 +17,9 @@ from servers import RawServer, SocketServer, await_true, http_answer
 from timing import assert_below, repeated_if_too_slow
 
 from app.errors import ItemNotFound, ProductsUnavailable
-from app.http_client import http_client
-from app.http_failures import FailureLog
-from app.products import ITEM_BYTES_MAX, Products
+from app.http_client.client import http_client
+from app.http_client.failures import FailureLog
+from app.products.client import ITEM_BYTES_MAX, Products
 
 pytestmark = pytest.mark.alone
 

@@ -11,8 +11,8 @@ from issuer import LET_IN, ask, code, make_token
 from relay import Relay
 from servers import RawServer, SocketServer, http_answer
 
-from app.environment import SettingsError
-from app.proxies import find_proxy
+from app.environment.variables import SettingsError
+from app.http_client.proxies import find_proxy
 
 Start = Callable[..., httpx.Client]
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

@@ -7,7 +7,7 @@ import pytest
 from issuer import LET_IN, Issuer, Start, ask, code, make_token, start
 from servers import await_true
 
-from app.readiness import Readiness
+from app.api.readiness import Readiness
 
 
 def is_ready(service: httpx.Client) -> bool:

@@ -14,7 +14,7 @@ import pytest
 from database import Database
 from servers import RawServer, await_health, await_ready, await_true, free_port, service_process
 
-from app.server import listen, stop_connections
+from app.server.server import listen, stop_connections
 
 ROOT = Path(__file__).parent.parent.parent
 SETTINGS = {
@@ -131,7 +131,9 @@ def test_all_addresses_get_the_same_port() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs network namespaces of Linux")
 def test_where_ipv6_is_disabled_it_listens_on_ipv4() -> None:
-    script = "from app.server import listen; print([one.family.name for one in listen(None, 0)])"
+    script = (
+        "from app.server.server import listen; print([one.family.name for one in listen(None, 0)])"
+    )
     disable = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6 && exec"
     ended = subprocess.run(
         ["unshare", "-rn", "sh", "-c", f'{disable} "{sys.executable}" -c "{script}"'],

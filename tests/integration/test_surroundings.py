@@ -12,9 +12,9 @@ from database import Database
 from servers import RawServer, await_ready, await_true, make_settings, served
 from starlette.requests import Request
 
+from app.api.schemas import Payment
 from app.errors import PROBLEMS
 from app.main import PaymentService
-from app.schemas import Payment
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
 from devstack.postgres import database_url

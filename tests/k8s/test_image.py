@@ -11,7 +11,7 @@ from pathlib import Path
 from servers import free_port, make_settings, served
 
 from app.main import PaymentService
-from app.server import make_config
+from app.server.server import make_config
 
 ROOT = Path(__file__).parent.parent.parent
 PINNED = "python:3.11-slim@sha256:x"

@@ -14,7 +14,7 @@ import yaml
 from servers import make_settings
 
 from app.main import PaymentService
-from app.server import GRACEFUL_SHUTDOWN_SECONDS_MAX
+from app.server.server import GRACEFUL_SHUTDOWN_SECONDS_MAX
 from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent

@@ -5,25 +5,25 @@ from mutants.mutant import Mutant
 OF_ANSWERS = (
     (
         "a repeated payment has no header",
-        "routes.py",
+        "api/routes.py",
         "        return _json(payment, headers=REPLAYED)\n",
         "        return _json(payment)\n",
     ),
     (
         "a repeated decline has no header",
-        "outcomes.py",
+        "ledger/outcomes.py",
         "        error.replayed = self.replayed\n",
         "",
     ),
     (
         "the changed price is not told",
-        "outcomes.py",
+        "ledger/outcomes.py",
         "        if self.price is not None:\n",
         "        if False:\n",
     ),
     (
         "every decline is insufficient funds",
-        "outcomes.py",
+        "ledger/outcomes.py",
         "        error = OUTCOME_ERRORS[self.outcome]()\n",
         "        error = InsufficientFunds()\n",
     ),
@@ -35,37 +35,37 @@ OF_ANSWERS = (
     ),
     (
         "a look-up tells a decline as not found",
-        "routes.py",
+        "api/routes.py",
         "    if outcome is None:\n",
         "    if not isinstance(outcome, Debited):\n",
     ),
     (
         "a retry for a removed item is refused",
-        "debit.py",
+        "payments/debits.py",
         "            if callers_key is None:\n",
         "            if callers_key:\n",
     ),
     (
         "another debit under the key answers for a removed item",
-        "debit.py",
+        "payments/debits.py",
         " or not earlier.is_about(sent.debit)",
         "",
     ),
     (
         "an item that is not for sale goes to the database",
-        "debit.py",
+        "payments/debits.py",
         "            if not item.active:\n",
         "            if False:\n",
     ),
     (
         "the caller's key is not used",
-        "debit.py",
+        "payments/debits.py",
         "callers_key or attempt, attempt",
         "attempt, attempt",
     ),
     (
         "the expected price is not passed on",
-        "ledger.py",
+        "ledger/client.py",
         '            "expected_price_input": sent.debit.expected_price,\n',
         '            "expected_price_input": None,\n',
     ),
@@ -74,7 +74,7 @@ OF_ANSWERS = (
 OF_BATCHES = (
     (
         "callers of a batch get each other's outcomes",
-        "group_commit.py",
+        "ledger/group_commit.py",
         "zip(batch, outcomes, strict=True)",
         "zip(batch, outcomes[::-1], strict=True)",
     ),
@@ -83,19 +83,19 @@ OF_BATCHES = (
 OF_FAULTS = (
     (
         "its own lost response is a replay",
-        "outcomes.py",
+        "ledger/outcomes.py",
         "    if outcome.replayed and str(outcome.attempt) == sent.attempt:\n",
         "    if False:\n",
     ),
     (
         "an unknown outcome is told as not charged",
-        "ledger.py",
+        "ledger/client.py",
         "                if repeats.perhaps_done:\n",
         "                if False:\n",
     ),
     (
         "an unknown outcome of a batch is told as not charged",
-        "group_commit.py",
+        "ledger/group_commit.py",
         "            if waiting.is_perhaps_done:\n"
         "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))\n",
         "            if False:\n"
@@ -103,7 +103,7 @@ OF_FAULTS = (
     ),
     (
         "a lost response means not charged",
-        "ledger.py",
+        "ledger/client.py",
         "    if not isinstance(error, APIError):\n        return OutcomeUnknown\n",
         "    if not isinstance(error, APIError):\n        return LedgerUnavailable\n",
     ),

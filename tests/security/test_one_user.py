@@ -18,7 +18,7 @@ from faulty_gateway import FaultyGateway
 from programs import unavailable
 from servers import service_process
 
-from app.user_limits import WAITING_OF_USER_MAX
+from app.ledger.user_limits import WAITING_OF_USER_MAX
 
 CONNECTIONS = 1300
 REFUSED = CONNECTIONS - WAITING_OF_USER_MAX - 1  # at least: one is in flight, the others wait

@@ -6,10 +6,14 @@ from pathlib import Path
 import pytest
 from database import Database
 
-from app import http_protocol, observability, requests, tracing, user_limits
-from app.issuer_keys import KEYS_BYTES_MAX
+from app.api import requests
+from app.auth.issuer_keys import KEYS_BYTES_MAX
+from app.ledger import user_limits
 from app.main import LEDGER_RESPONSE_BYTES_MAX
-from app.products import ITEM_BYTES_MAX
+from app.products.client import ITEM_BYTES_MAX
+from app.server import protocol as http_protocol
+from app.telemetry import middleware as observability
+from app.telemetry import tracing
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "security.md").read_text()

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from app.errors import LedgerRejected, LedgerUnavailable, PaymentError
-from app.outcomes import Debited, Declined
+from app.ledger.outcomes import Debited, Declined
 from simulation.database import Entry
 from simulation.run import Answer, Run, describe
 from simulation.schedule import Fault, Purchase

@@ -31,14 +31,14 @@ class Mutation:
 FORMER_FAULTS = (
     Mutation(
         "each user with a held row occupies a connection",
-        "group_commit.py",
+        "ledger/group_commit.py",
         "SINGLE_CALLS_MAX = 4",
         "SINGLE_CALLS_MAX = 1_000",
         "held-row-waits",
     ),
     Mutation(
         "a failed batch is repeated as single calls, all at once",
-        "group_commit.py",
+        "ledger/group_commit.py",
         "                if not await repeats.again_after(failure):\n",
         "                for waiting in batch:\n"
         "                    self._start(self._settle_alone(waiting), waiting.context)\n"
@@ -47,10 +47,10 @@ FORMER_FAULTS = (
         "                if not await repeats.again_after(failure):\n",
         "calls",
     ),
-    Mutation("XX000 means not charged", "ledger.py", ', "XX000")', ")", "rejections"),
+    Mutation("XX000 means not charged", "ledger/client.py", ', "XX000")', ")", "rejections"),
     Mutation(
         "whatever is replayed after a lost response is this request's own",
-        "ledger.py",
+        "ledger/client.py",
         "                return await self._ask(sent, deadline)\n",
         "                outcome = await self._ask(sent, deadline)\n"
         "                if repeats.perhaps_done:\n"
@@ -60,15 +60,15 @@ FORMER_FAULTS = (
     ),
     Mutation(
         "look-ups share the limit of debits",
-        "ledger.py",
+        "ledger/client.py",
         "deadline, read_found, self._lookups)",
         "deadline, read_found)",
         "lookup-waits",
     ),
-    Mutation("25P02 is told as rejected", "ledger.py", '    "25P02",\n', "", "rejections"),
+    Mutation("25P02 is told as rejected", "ledger/client.py", '    "25P02",\n', "", "rejections"),
     Mutation(
         'what was certainly "not done" is repeated once',
-        "ledger.py",
+        "ledger/client.py",
         "        self._calls += 1\n",
         "        self._calls += 1\n"
         "        if self._calls > 1 and isinstance(failure, LedgerUnavailable):\n"
@@ -79,70 +79,70 @@ FORMER_FAULTS = (
 OTHER_MISTAKES = (
     Mutation(
         "a broken connection means not charged",
-        "ledger.py",
+        "ledger/client.py",
         "    if not isinstance(error, APIError):\n        return OutcomeUnknown\n",
         "    if not isinstance(error, APIError):\n        return LedgerUnavailable\n",
         "answers",
     ),
     Mutation(
         "each call has a new key",
-        "ledger.py",
+        "ledger/client.py",
         '"idempotency_key_input": sent.key,',
         '"idempotency_key_input": f"{sent.key} {random.random()}",',
         "charges",
     ),
     Mutation(
         "unknown becomes not charged after a call that was not done",
-        "ledger.py",
+        "ledger/client.py",
         "                if repeats.perhaps_done:\n",
         "                if isinstance(failure, OutcomeUnknown):\n",
         "answers",
     ),
     Mutation(
         "a failed look-up finds nothing",
-        "ledger.py",
+        "ledger/client.py",
         "        except PaymentError as error:\n            raise LedgerUnavailable from error\n",
         "        except PaymentError:\n            return None\n",
         "lookups",
     ),
     Mutation(
         "who is in flight at the deadline is told not charged",
-        "group_commit.py",
+        "ledger/group_commit.py",
         "            if waiting.is_in_flight or waiting.is_perhaps_done:\n",
         "            if waiting.is_perhaps_done:\n",
         "answers",
     ),
     Mutation(
         "the debits of a lost batch are forgotten to be perhaps done",
-        "group_commit.py",
+        "ledger/group_commit.py",
         "                waiting.is_perhaps_done = True\n",
         "                pass\n",
         "answers",
     ),
     Mutation(
         "parked debits stay parked",
-        "group_commit.py",
+        "ledger/group_commit.py",
         "                self.add(parked)\n",
         "                pass\n",
         "failed-batch",
     ),
     Mutation(
         "a single call does not give its permit back",
-        "group_commit.py",
+        "ledger/group_commit.py",
         "            self._permits.give()\n",
         "            pass\n",
         "end",
     ),
     Mutation(
         "outcomes go to the wrong debits",
-        "group_commit.py",
+        "ledger/group_commit.py",
         "in zip(batch, outcomes, strict=True):",
         "in zip(batch, reversed(outcomes), strict=True):",
         "answers",
     ),
     Mutation(
         "a reused key returns the outcome of another debit",
-        "debit.py",
+        "payments/debits.py",
         " or not earlier.is_about(sent.debit)",
         "",
         "answers",

@@ -10,14 +10,14 @@ from typing import Any, cast
 
 from supabase import AsyncClient
 
-from app import metrics
-from app.debit import Debits
+from app.api.schemas import DebitRequest
 from app.errors import OutcomeUnknown
-from app.group_commit import GroupCommit
-from app.ledger import Ledger
-from app.outcomes import Debited, Outcome
-from app.products import Products
-from app.schemas import DebitRequest
+from app.ledger.client import Ledger
+from app.ledger.group_commit import GroupCommit
+from app.ledger.outcomes import Debited, Outcome
+from app.payments.debits import Debits
+from app.products.client import Products
+from app.telemetry import metrics
 from simulation import failures
 from simulation.database import Database
 from simulation.gateway import Gateway

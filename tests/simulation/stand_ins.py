@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from app.errors import ItemNotFound, ProductsUnavailable
-from app.retry_after import Pause
+from app.http_client.retry_after import Pause
 from simulation.database import PURCHASE_BITS, Product
 from simulation.loop import VirtualClockLoop
 from simulation.schedule import Span

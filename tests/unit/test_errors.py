@@ -11,8 +11,8 @@ from postgrest.exceptions import APIError
 
 from app import errors
 from app.errors import PROBLEMS, LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
-from app.ledger import classify_failure
-from app.outcomes import OUTCOME_ERRORS
+from app.ledger.client import classify_failure
+from app.ledger.outcomes import OUTCOME_ERRORS
 from devstack.postgres import SUPABASE_DIRECTORY
 
 README = Path(__file__).parent.parent.parent / "README.md"

@@ -10,12 +10,12 @@ from uuid import UUID, uuid4
 
 import pytest
 
+from app.api.schemas import DebitRequest
 from app.errors import LedgerUnavailable
-from app.group_commit import LANES, GroupCommit, Waiting
-from app.ledger import Ledger, write_debit
-from app.outcomes import Debited, KeyedDebit, Outcome
-from app.retry_after import Pause
-from app.schemas import DebitRequest
+from app.http_client.retry_after import Pause
+from app.ledger.client import Ledger, write_debit
+from app.ledger.group_commit import LANES, GroupCommit, Waiting
+from app.ledger.outcomes import Debited, KeyedDebit, Outcome
 
 ITEM = uuid4()
 

@@ -4,7 +4,7 @@ import asyncio
 import random
 
 from app.errors import PaymentError
-from app.ledger import REMOVED_ROWS_MAX, Ledger
+from app.ledger.client import REMOVED_ROWS_MAX, Ledger
 
 INTERVAL_SECONDS_MAX = 600.0
 PAUSE_SECONDS = 0.1  # between two calls, so that they take a small part of the database's time

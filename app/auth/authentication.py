@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jwt
 from cachetools import LRUCache
 
+from app.auth.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys, SameId
 from app.errors import Forbidden, Unauthenticated
-from app.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys, SameId
 
 TOKEN_LENGTH_MAX = 16 * 1024
 LEEWAY_SECONDS = 5  # how far the issuer's clock may differ from this one's

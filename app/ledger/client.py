@@ -13,12 +13,12 @@ from postgrest.exceptions import APIError
 from postgrest.types import JSON
 from supabase import AsyncClient
 
-from app import metrics
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
-from app.http_failures import FailureLog, describe_failure
-from app.outcomes import KeyedDebit, Outcome, read_batch, read_found, read_outcome
-from app.retry_after import Pause
-from app.tracing import dependency_call
+from app.http_client.failures import FailureLog, describe_failure
+from app.http_client.retry_after import Pause
+from app.ledger.outcomes import KeyedDebit, Outcome, read_batch, read_found, read_outcome
+from app.telemetry import metrics
+from app.telemetry.tracing import dependency_call
 
 # Longer than the function's own statement_timeout (4 s), so that the database gives up first.
 CALL_TIMEOUT_SECONDS = 5.0
@@ -72,7 +72,7 @@ CALL_ERRORS = (
 
 Answer = TypeVar("Answer")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class Ledger:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.api.schemas import EXAMPLE_KEY, ProblemExplanation
 from app.errors import (
     PROBLEMS,
     InternalError,
@@ -21,7 +22,6 @@ from app.errors import (
     PaymentError,
     PriceChanged,
 )
-from app.schemas import EXAMPLE_KEY, ProblemExplanation
 
 MEDIA_TYPE = "application/problem+json"
 EXAMPLE_REQUEST_ID = "0b0e3f6c9a554d2c8f0e4d0f8d0f6a11"

@@ -8,16 +8,11 @@ from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 
-from app import errors, metrics
-from app.auth import Authentication
-from app.debit import Debits
-from app.ledger import Ledger
-from app.outcomes import OUTCOME_ERRORS, Debited
-from app.problems import REPLAYED, documented, explain
-from app.products import Products
-from app.readiness import Readiness
-from app.requests import authenticate, read_debit, read_key, read_outcome_key
-from app.schemas import (
+from app import errors
+from app.api.problems import REPLAYED, documented, explain
+from app.api.readiness import Readiness
+from app.api.requests import authenticate, read_debit, read_key, read_outcome_key
+from app.api.schemas import (
     KEY_PATTERN,
     DebitRequest,
     DeclinedPayment,
@@ -28,7 +23,13 @@ from app.schemas import (
     SchemasAsWritten,
     UserId,
 )
-from app.schemas import Readiness as ReadinessBody
+from app.api.schemas import Readiness as ReadinessBody
+from app.auth.authentication import Authentication
+from app.ledger.client import Ledger
+from app.ledger.outcomes import OUTCOME_ERRORS, Debited
+from app.payments.debits import Debits
+from app.products.client import Products
+from app.telemetry import metrics
 
 PROTECTED_PATHS = {"/payments/debit", "/payments/outcome"}
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 
-from app.http_protocol import CONNECTIONS_MAX, LimitedHttpProtocol
+from app.server.protocol import CONNECTIONS_MAX, LimitedHttpProtocol
 
 GRACEFUL_SHUTDOWN_SECONDS_MAX = 20
 # After SIGTERM new requests are still served for so long, and every response closes its connection,

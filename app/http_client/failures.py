@@ -9,7 +9,7 @@ import aiohttp
 import httpx
 from cachetools import TTLCache
 
-from app.http_client import ResponseTooLarge
+from app.http_client.client import ResponseTooLarge
 
 FAILURE_SECONDS = 1.0  # how long a failure is remembered
 SUBJECTS_MAX = 10_000

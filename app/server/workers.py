@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 
-from app.environment import SettingsError
+from app.environment.variables import SettingsError
 
 OPTION = re.compile(r"(?:--workers[= ]|-w ?)(\d+)(?: |$)")
 

@@ -9,8 +9,7 @@ from pydantic import ValidationError
 from starlette.requests import Request
 
 from app import errors
-from app.auth import Authentication, Caller
-from app.problems import (
+from app.api.problems import (
     DUPLICATE,
     duplicate_names,
     invalid_body,
@@ -18,7 +17,8 @@ from app.problems import (
     invalid_parameters,
     too_many_fields,
 )
-from app.schemas import KEY_PATTERN, DebitRequest
+from app.api.schemas import KEY_PATTERN, DebitRequest
+from app.auth.authentication import Authentication, Caller
 
 BODY_BYTES_MAX = 16 * 1024
 BODY_SECONDS_MAX = 10.0

@@ -8,9 +8,9 @@ import aiohttp
 import httpx
 from httpx_aiohttp import AiohttpTransport
 
-from app.proxies import find_proxy
-from app.startup import load_certificates
-from app.tracing import pass_on_traceparent
+from app.http_client.proxies import find_proxy
+from app.server.startup import load_certificates
+from app.telemetry.tracing import pass_on_traceparent
 
 CONNECT_TIMEOUT_SECONDS = 1.0
 CONNECTIONS_MAX = 100

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import uuid4
 
-from app import metrics
-from app.auth import Caller
+from app.api.schemas import DebitRequest
+from app.auth.authentication import Caller
 from app.errors import (
     Forbidden,
     IdempotencyKeyReused,
@@ -17,12 +17,12 @@ from app.errors import (
     PaymentError,
     ProductsUnavailable,
 )
-from app.group_commit import GroupCommit
-from app.ledger import Ledger
-from app.outcomes import Debited, KeyedDebit, Outcome, is_of
-from app.products import Products
-from app.schemas import DebitRequest
-from app.user_limits import UserTurns
+from app.ledger.client import Ledger
+from app.ledger.group_commit import GroupCommit
+from app.ledger.outcomes import Debited, KeyedDebit, Outcome, is_of
+from app.ledger.user_limits import UserTurns
+from app.products.client import Products
+from app.telemetry import metrics
 
 
 class Debits:

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from app import metrics
 from app.errors import AuthenticationUnavailable, LedgerRejected, PaymentError
+from app.telemetry import metrics
 
 FIRST_DELAY_SECONDS = 0.1
 DELAY_SECONDS_MAX = 5.0

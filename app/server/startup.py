@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 from starlette.types import Message, Send
 
-from app.environment import SettingsError
+from app.environment.variables import SettingsError
 
 CANNOT_START = "The service cannot start"
 SAMPLERS = "(parentbased_)?(always_on|always_off|traceidratio)"

@@ -8,17 +8,17 @@ from uuid import UUID
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from app import metrics
 from app.errors import Forbidden, ItemNotFound, PaymentError, ProductsUnavailable
-from app.http_failures import (
+from app.http_client.failures import (
     CALL_ERRORS,
     FAILURE_SECONDS,
     FailureLog,
     Failures,
     describe_failure,
 )
-from app.retry_after import Pause
-from app.tracing import dependency_call
+from app.http_client.retry_after import Pause
+from app.telemetry import metrics
+from app.telemetry.tracing import dependency_call
 
 PRODUCTS_TIMEOUT_SECONDS = 2.0
 CACHE_SECONDS_MAX = 60.0
@@ -26,7 +26,7 @@ ITEMS_MAX = 10_000
 ITEM_BYTES_MAX = 64 * 1024
 REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class Item(BaseModel):

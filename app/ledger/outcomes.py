@@ -6,6 +6,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
+from app.api.schemas import DebitRequest, Payment
 from app.errors import (
     IdempotencyKeyReused,
     InsufficientFunds,
@@ -16,7 +17,6 @@ from app.errors import (
     UserInactive,
     UserNotFound,
 )
-from app.schemas import DebitRequest, Payment
 
 OUTCOME_ERRORS: dict[str, type[PaymentError]] = {
     error.code: error

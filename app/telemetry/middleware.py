@@ -14,11 +14,11 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import metrics
-from app.cors import allow_origins
+from app.api.cors import allow_origins
+from app.api.problems import problem_response
 from app.errors import InternalError, InvalidRequest
-from app.problems import problem_response
-from app.tracing import RequestIds, read_traceparent, request_now
+from app.telemetry import metrics
+from app.telemetry.tracing import RequestIds, read_traceparent, request_now
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})

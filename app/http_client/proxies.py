@@ -4,8 +4,8 @@ from ipaddress import ip_address, ip_network
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
-from app.environment import SettingsError
-from app.setting_types import is_loopback
+from app.environment.types import is_loopback
+from app.environment.variables import SettingsError
 
 CLUSTER_SUFFIXES = (".svc", ".cluster.local")
 

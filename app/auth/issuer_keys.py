@@ -9,17 +9,17 @@ import jwt
 from cachetools import TTLCache
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from app import metrics
 from app.errors import AuthenticationUnavailable
-from app.http_failures import (
+from app.http_client.failures import (
     CALL_ERRORS,
     FAILURE_SECONDS,
     FailureLog,
     Failures,
     describe_failure,
 )
-from app.retry_after import Pause
-from app.tracing import FAILED, dependency_call
+from app.http_client.retry_after import Pause
+from app.telemetry import metrics
+from app.telemetry.tracing import FAILED, dependency_call
 
 KEYS_TIMEOUT_SECONDS = 2.0
 KEYS_BYTES_MAX = 256 * 1024

@@ -18,8 +18,8 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app import metrics
 from app.errors import PaymentError
+from app.telemetry import metrics
 
 NO_CONTEXT = context.Context()
 TRACES_PER_SECOND_MAX = 100

@@ -1,0 +1,1 @@
+"""HTTP: routes, what is read from requests, schemas, problems and the documentation pages."""

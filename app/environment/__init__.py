@@ -1,0 +1,1 @@
+"""Environment variables: how they are read and what their values may be."""

@@ -1,0 +1,1 @@
+"""HTTP calls of dependencies: transport, limits, failures."""

@@ -1,0 +1,1 @@
+"""The products service: whether an item is for sale."""

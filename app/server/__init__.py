@@ -1,0 +1,1 @@
+"""The HTTP server: protocol limits, startup and shutdown."""
