@@ -22,7 +22,7 @@ from shapes import (
 
 from devstack.postgres import apply_migrations, database_url
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[2] / "data"
 
 ROWS = (
     'select to_jsonb(row_) from public."Users" as row_ order by 1',
@@ -253,7 +253,7 @@ def test_the_audit_lists_what_others_open_after_the_migration(postgres_port: int
 
 
 def test_the_check_and_the_audit_look_for_the_same_objects() -> None:
-    migrations = Path(__file__).parents[2] / "supabase" / "migrations"
+    migrations = Path(__file__).parents[3] / "supabase" / "migrations"
     check, debit = (
         " ".join(next(migrations.glob(f"*_{name}.sql")).read_text().split())
         for name in ("check", "debit")

@@ -25,7 +25,7 @@ from devstack.postgres import apply_migrations, database_url, running_postgres
 from devstack.programs import POSTGRES_BIN_PATH
 from devstack.server_account import server_account
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "scaling.md"
 USER, OTHER_USER, POOR_USER = 1, 2, 3
 # The document's pieces of SQL, each by a part that only it has.
 BY_USER = "partition by hash (user_id)"

@@ -14,7 +14,7 @@ from database import create_database
 
 from devstack.postgres import apply_migrations
 
-SHAPES = sorted((Path(__file__).parent.parent / "data" / "existing-database").glob("*.sql"))
+SHAPES = sorted((Path(__file__).parents[2] / "data" / "existing-database").glob("*.sql"))
 
 STATE = [
     'select card_id, name, balance, active from public."Users" order by card_id',
@@ -136,7 +136,7 @@ def run_audit(url: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-VERSION_0_1 = sorted((Path(__file__).parents[1] / "data" / "version-0.1").glob("*.sql"))
+VERSION_0_1 = sorted((Path(__file__).parents[2] / "data" / "version-0.1").glob("*.sql"))
 COFFEE = "550e8400-e29b-41d4-a716-446655440000"
 DEBIT = "select public.debit_use(%s, %s, %s)"
 
@@ -199,7 +199,7 @@ def test_a_database_of_version_0_1_keeps_balances_entries_and_outcomes(
 
 
 def test_old_csv_files_are_imported_before_the_migrations(postgres_port: int) -> None:
-    document = (Path(__file__).parents[2] / "docs" / "database.md").read_text()
+    document = (Path(__file__).parents[3] / "docs" / "database.md").read_text()
     pieces = re.findall(r"```sql\n(.*?)```", document, re.DOTALL)
     (tables,) = [piece for piece in pieces if 'create table public."Users"' in piece]
     url = create_database(postgres_port, f"csv_{uuid4().hex}")

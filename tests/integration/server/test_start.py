@@ -16,7 +16,7 @@ from servers import RawServer, await_health, await_ready, await_true, free_port,
 
 from app.server.server import listen, stop_connections
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 SETTINGS = {
     "PATH": os.environ["PATH"],
     "PYTHONPATH": str(ROOT),

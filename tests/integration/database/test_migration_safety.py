@@ -15,7 +15,7 @@ from devstack.postgres import SUPABASE_DIRECTORY, apply_migrations, database_url
 from devstack.programs import POSTGRES_BIN_PATH
 
 MIGRATIONS = sorted((SUPABASE_DIRECTORY / "migrations").glob("*.sql"))
-VERSION_0_1 = sorted((Path(__file__).parents[1] / "data" / "version-0.1").glob("*.sql"))
+VERSION_0_1 = sorted((Path(__file__).parents[2] / "data" / "version-0.1").glob("*.sql"))
 OWN_TRIGGER = (
     f'{OWN_FUNCTION} create trigger own after insert on public."Transaction_History" '
     "for each row execute function public.own();"

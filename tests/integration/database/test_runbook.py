@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from database import Database
 
-RUNBOOK = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+RUNBOOK = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
 USER, NEW_CARD, KEY = 710_001, 710_002, "the-key"
 STATEMENTS = [
     statement.replace("1001", str(USER)).replace(

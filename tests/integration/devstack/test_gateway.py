@@ -16,7 +16,7 @@ from servers import served
 from devstack.gateway import create_gateway
 from devstack.postgres import database_url
 
-DATA = Path(__file__).parent.parent / "data" / "postgrest"
+DATA = Path(__file__).parents[2] / "data" / "postgrest"
 CORE: dict[str, Any] = json.loads((DATA / "core.json").read_text())
 TOKENS = CORE["tokens"]
 

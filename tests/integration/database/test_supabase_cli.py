@@ -14,7 +14,7 @@ from programs import find_program, unavailable
 
 from devstack.postgres import SUPABASE_DIRECTORY, database_url
 
-VERSION_0_1 = Path(__file__).parents[1] / "data" / "version-0.1"
+VERSION_0_1 = Path(__file__).parents[2] / "data" / "version-0.1"
 DATABASE = (SUPABASE_DIRECTORY.parent / "docs" / "database.md").read_text()
 CLI = "supabase@3.1.0"  # an npm package
 CLI_TIMEOUT_SECONDS = 180  # the first call downloads it
