@@ -30,8 +30,6 @@ from app.environment.variables import (
     read_environment,
 )
 
-__all__ = ["Settings", "SettingsError", "load_settings", "warn_of_doubtful_settings"]
-
 ALIASES = {"SUPABASE_SERVICE_ROLE_KEY": "SUPABASE_KEY"}
 # What pydantic says of these leaves open what to write.
 MESSAGES = {
@@ -150,8 +148,8 @@ def load_settings() -> Settings:
     return settings
 
 
-def warn_of_doubtful_settings(settings: Settings) -> None:
-    """Log names that look like misspelled settings, and a project that is called in clear."""
+def warn_of_unknown_names() -> None:
+    """Log names in the environment that look like misspelled settings."""
     known = {*ALIASES, *(name.upper() for name in Settings.model_fields)}
     for name, place in read_environment(known).unknown.items():
         if meant := find_meant(name, known):
@@ -161,8 +159,32 @@ def warn_of_doubtful_settings(settings: Settings) -> None:
                 place,
                 ALIASES.get(meant, meant),
             )
+
+
+def warn_of_risks(settings: Settings) -> None:
+    """Log which settings let others charge users, or read the key on its way."""
     if _is_open(settings.supabase_url):
         logger.warning("SUPABASE_URL begins with http://: the key is sent without encryption")
+    if settings.auth_jwks_url is None:
+        logger.warning(
+            "authentication is off: whoever reaches this service may charge anybody; "
+            "AUTH_JWKS_URL turns it on"
+        )
+        return
+    if settings.auth_required_role is None:
+        logger.warning(
+            "AUTH_REQUIRED_ROLE is not set: whoever has a token of the issuer may charge anybody"
+        )
+    if settings.auth_audience is None:
+        logger.warning(
+            "AUTH_AUDIENCE is not set: whoever has a token that was made for another service may "
+            "charge anybody"
+        )
+    if settings.products_service_token is None:
+        logger.warning(
+            "callers' tokens are passed on to the products service, which may charge anybody with "
+            "them; PRODUCTS_SERVICE_TOKEN keeps them here"
+        )
 
 
 def _resolve_aliases(given: dict[str, str]) -> tuple[dict[str, str], list[str]]:

@@ -2,15 +2,15 @@
 
 from prometheus_client import Counter, Histogram
 
-from app.main import PaymentService
-from app.telemetry.middleware import RequestContext
+from app.main import create_app
+from app.telemetry.requests import RequestRecorder
 
 
 def _nothing(*_: object) -> None:
     pass
 
 
-for _kind, _method in ((Counter, "inc"), (Histogram, "observe"), (RequestContext, "_note")):
+for _kind, _method in ((Counter, "inc"), (Histogram, "observe"), (RequestRecorder, "record")):
     setattr(_kind, _method, _nothing)
 
-app = PaymentService()
+app = create_app()

@@ -13,7 +13,7 @@ from issuer import Issuer
 from servers import free_port, make_settings, served
 
 from app.ledger.client import CALL_TIMEOUT_SECONDS
-from app.main import PaymentService
+from app.main import create_app
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
 from devstack.postgres import apply_migrations, database_url, running_postgres
@@ -98,7 +98,7 @@ def service(gateway_url: str, products_url: str) -> Iterator[httpx.Client]:
     settings = make_settings(
         supabase_url=gateway_url, products_service_url=products_url, products_cache_seconds=0
     )
-    with served(PaymentService(settings)) as url, connect(url) as client:
+    with served(create_app(settings)) as url, connect(url) as client:
         yield client
 
 
@@ -112,7 +112,7 @@ def start_service(gateway_url: str, products_url: str) -> Iterator[Callable[...,
         ) -> httpx.Client:
             real = {"supabase_url": gateway_url, "products_service_url": products_url}
             settings = make_settings(**(real | changes))
-            app = PaymentService(settings, call_timeout_seconds=call_timeout_seconds)
+            app = create_app(settings, call_timeout_seconds=call_timeout_seconds)
             url = stack.enter_context(served(app))
             return stack.enter_context(connect(url))
 

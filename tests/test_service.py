@@ -21,7 +21,7 @@ from database import Database, locked
 from issuer import Issuer, ask, make_token, start
 from servers import RawServer, await_true, http_answer, make_settings, served
 
-from app.main import PaymentService
+from app.main import create_app
 from devstack.keys import JWT_SECRET
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -102,7 +102,7 @@ def exchange(parts: Parts, sent: bytes) -> Response:
 
 def run_into_a_bug(parts: Parts) -> Response:
     del parts
-    service = PaymentService(make_settings())
+    service = create_app(make_settings())
     service.add_api_route("/bug", lambda: 1 // 0)
     with served(service) as url:
         return httpx.get(f"{url}/bug")

@@ -1,9 +1,9 @@
 """Cross-origin requests: which web pages of other origins a browser lets use the service."""
 
-from collections.abc import Sequence
-
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.api.state import state_of
 
 REQUEST_HEADERS = (
     "Authorization",
@@ -15,14 +15,27 @@ REQUEST_HEADERS = (
 RESPONSE_HEADERS = ("Idempotent-Replayed", "Retry-After", "X-Request-ID")
 
 
-def allow_origins(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
-    """Wrap an application so that browsers allow pages of these origins; none: unchanged."""
-    if not origins:
-        return app
-    return CORSMiddleware(
-        app,
-        allow_origins=origins,
-        allow_methods=("GET", "HEAD", "POST"),
-        allow_headers=REQUEST_HEADERS,
-        expose_headers=RESPONSE_HEADERS,
-    )
+class AllowOrigins:
+    """Middleware: lets browsers show responses to pages of the allowed origins, if there are any.
+
+    The settings name the origins, and they are read after the middleware has been put together.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._cors: CORSMiddleware | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services = state_of(scope).get("services")
+        if not services or not services.allowed_origins:
+            await self._app(scope, receive, send)
+            return
+        if self._cors is None:
+            self._cors = CORSMiddleware(
+                self._app,
+                allow_origins=services.allowed_origins,
+                allow_methods=("GET", "HEAD", "POST"),
+                allow_headers=REQUEST_HEADERS,
+                expose_headers=RESPONSE_HEADERS,
+            )
+        await self._cors(scope, receive, send)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
@@ -11,35 +10,18 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.api.schemas import EXAMPLE_KEY, ProblemExplanation
+from app.api.schemas import ProblemExplanation
+from app.api.state import state_of
 from app.errors import (
-    PROBLEMS,
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
-    OutcomeUnknown,
     PaymentError,
-    PriceChanged,
 )
 
 MEDIA_TYPE = "application/problem+json"
-EXAMPLE_REQUEST_ID = "0b0e3f6c9a554d2c8f0e4d0f8d0f6a11"
 REPLAYED = {"Idempotent-Replayed": "true"}
-HEADERS = {
-    "Accept-Encoding": {
-        "description": "identity: bodies must not be compressed.",
-        "schema": {"type": "string"},
-    },
-    "Retry-After": {
-        "description": "Seconds to wait before trying again.",
-        "schema": {"type": "integer"},
-    },
-    "WWW-Authenticate": {
-        "description": "How to authenticate (RFC 6750).",
-        "schema": {"type": "string"},
-    },
-}
 ERRORS_MAX = 20
 DUPLICATE = "The name appears more than once"
 LEADING_ZERO = re.compile(rb":\s*-?0[0-9]")
@@ -51,43 +33,45 @@ POINTER_LENGTH_MAX = 100
 
 def problem_response(error: PaymentError, request_id: str) -> Response:
     return Response(
-        json.dumps(_body(error, request_id), ensure_ascii=False, separators=(",", ":")),
+        json.dumps(make_body(error, request_id), ensure_ascii=False, separators=(",", ":")),
         status_code=error.status,
         media_type=MEDIA_TYPE,
         headers=dict(error.headers) | (REPLAYED if error.replayed else {}),
     )
 
 
-async def answer_payment_error(request: Request, error: Exception) -> Response:
+async def respond_to_payment_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, PaymentError)  # noqa: S101 - registered for this class alone
-    return _answer(request, error)
+    return _respond(request, error)
 
 
-async def answer_invalid_parameters(request: Request, error: Exception) -> Response:
+async def respond_to_invalid_parameters(request: Request, error: Exception) -> Response:
     """Answer a query or path that fails validation."""
     assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class alone
     faults = [
         {"parameter": str(fault["loc"][-1]), "detail": fault["msg"]} for fault in error.errors()
     ]
     problem = InvalidRequest("A parameter is not as documented", errors=faults[:ERRORS_MAX])
-    return _answer(request, problem)
+    return _respond(request, problem)
 
 
-async def answer_http_exception(request: Request, error: Exception) -> Response:
+async def respond_to_http_exception(request: Request, error: Exception) -> Response:
     """Answer what the router refuses by itself: an unknown path or method."""
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class alone
     classes = {404: NotFound, 405: MethodNotAllowed}
     problem = classes.get(error.status_code, InternalError)()
-    response = _answer(request, problem)
+    response = _respond(request, problem)
     response.headers.update(error.headers or {})
     if response.headers.get("allow") == "GET":
         response.headers["allow"] = "GET, HEAD"
     return response
 
 
-def _answer(request: Request, error: PaymentError) -> Response:
-    request.state.code, request.state.replayed = error.code, error.replayed
-    return problem_response(error, request.state.request_id)
+def _respond(request: Request, error: PaymentError) -> Response:
+    record = state_of(request.scope)["record"]
+    record.code = error.code
+    record.replayed = error.replayed
+    return problem_response(error, record.request_id)
 
 
 def invalid_body(error: ValidationError, body: bytes) -> InvalidRequest:
@@ -120,11 +104,8 @@ def invalid_header(name: str, detail: str) -> InvalidRequest:
     return InvalidRequest(f"Header {name}: {detail}", errors=[{"header": name, "detail": detail}])
 
 
-def explain(code: str) -> ProblemExplanation | None:
-    """Look a code up in the catalogue."""
-    problem = PROBLEMS.get(code)
-    if problem is None:
-        return None
+def explain(problem: type[PaymentError]) -> ProblemExplanation:
+    """Return the entry of the error catalogue for a class of problems."""
     return ProblemExplanation(
         code=problem.code,
         status=problem.status,
@@ -135,30 +116,8 @@ def explain(code: str) -> ProblemExplanation | None:
     )
 
 
-def documented(*problems: type[PaymentError]) -> dict[int | str, dict[str, Any]]:
-    """Describe problems for OpenAPI: one entry a status, one example a code."""
-    responses: dict[int | str, dict[str, Any]] = {}
-    for problem in problems:
-        response = responses.setdefault(
-            problem.status,
-            {
-                "description": "",
-                "content": {
-                    MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": {}}
-                },
-            },
-        )
-        response["description"] = "; ".join(filter(None, [response["description"], problem.title]))
-        response["content"][MEDIA_TYPE]["examples"][problem.code] = {
-            "summary": problem.title,
-            "value": _body(_example(problem), EXAMPLE_REQUEST_ID),
-        }
-        for name in problem.headers.keys() & HEADERS.keys():
-            response.setdefault("headers", {})[name] = HEADERS[name]
-    return responses
-
-
-def _body(error: PaymentError, request_id: str) -> dict[str, object]:
+def make_body(error: PaymentError, request_id: str) -> dict[str, object]:
+    """Return the members of a problem."""
     return {
         "type": f"/problems/{error.code}",
         "title": error.title,
@@ -168,17 +127,6 @@ def _body(error: PaymentError, request_id: str) -> dict[str, object]:
         "request_id": request_id,
         **error.members,
     }
-
-
-def _example(problem: type[PaymentError]) -> PaymentError:
-    if problem is PriceChanged:
-        return problem(price=400)
-    if problem is OutcomeUnknown:
-        return problem(idempotency_key=EXAMPLE_KEY)
-    if problem is InvalidRequest:
-        fault = {"pointer": "#/user_id", "detail": "Field required"}
-        return problem("The body is not as documented", errors=[fault])
-    return problem()
 
 
 def _json_pointer(location: tuple[int | str, ...]) -> str:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from app.errors import AuthenticationUnavailable, LedgerRejected, PaymentError
-from app.telemetry import metrics
+from app.telemetry.metrics import Metrics
 
 FIRST_DELAY_SECONDS = 0.1
 DELAY_SECONDS_MAX = 5.0
@@ -23,9 +23,9 @@ logger = logging.getLogger(__name__)
 class Readiness:
     """A later outage does not turn readiness off: callers get clear problems instead."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
         self.status = "starting"
-        metrics.READY.set_function(lambda: self.status == "ready")
+        metrics.ready.set_function(lambda: self.status == "ready")
 
     async def await_dependencies(self, *checks: Check) -> None:
         """Turn ready once each check has passed; until then the log says why one has not."""

@@ -19,6 +19,7 @@ from app.api.problems import (
 )
 from app.api.schemas import KEY_PATTERN, DebitRequest
 from app.auth.authentication import Authentication, Caller
+from app.ledger.outcomes import Debit
 
 BODY_BYTES_MAX = 16 * 1024
 BODY_SECONDS_MAX = 10.0
@@ -32,13 +33,17 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
 
 
-async def authenticate(request: Request, authentication: Authentication, deadline: float) -> Caller:
-    """Check the caller's token, and return whose it is.
+async def authenticate(
+    request: Request, authentication: Authentication | None, deadline: float
+) -> Caller | None:
+    """Check the caller's token, and return whose it is; None if no token is required.
 
     Raises:
         Unauthenticated, Forbidden: the caller may not do this.
         AuthenticationUnavailable: that cannot be told, or not before the deadline.
     """
+    if authentication is None:
+        return None
     authorizations = request.headers.getlist("authorization")
     if len(authorizations) > 1:
         raise errors.Unauthenticated("There is more than one Authorization header: send one")
@@ -50,7 +55,7 @@ async def authenticate(request: Request, authentication: Authentication, deadlin
         raise errors.AuthenticationUnavailable from error
 
 
-async def read_debit(request: Request) -> DebitRequest:
+async def read_debit(request: Request) -> Debit:
     """Read and check the body by hand: strict JSON, and never more of it than is allowed.
 
     Raises:
@@ -71,14 +76,14 @@ async def read_debit(request: Request) -> DebitRequest:
     if body.count(b":") > FIELDS_MAX:
         _refuse_too_many_fields(body.removeprefix(BYTE_ORDER_MARK))
     try:
-        debit = DebitRequest.model_validate_json(body.removeprefix(BYTE_ORDER_MARK))
+        read = DebitRequest.model_validate_json(body.removeprefix(BYTE_ORDER_MARK))
     except ValidationError as error:
         _refuse_encoding(body)
         raise invalid_body(error, body) from None
     # Each member of the object has a colon, so as many colons as fields are no duplicates.
-    if body.count(b":") > len(debit.model_fields_set):
+    if body.count(b":") > len(read.model_fields_set):
         _refuse_duplicates(body.removeprefix(BYTE_ORDER_MARK))
-    return debit
+    return Debit(read.user_id, read.item_id, read.expected_price)
 
 
 async def _read_body(request: Request) -> bytes:

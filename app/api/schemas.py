@@ -1,7 +1,6 @@
 """What the service takes and gives, as callers see it; all money is integers in minor units."""
 
 import re
-from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -14,14 +13,15 @@ from pydantic import (
     Field,
     StrictInt,
     WithJsonSchema,
+    create_model,
 )
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import PydanticCustomError
+
+from app.errors import EXAMPLE_KEY, PROBLEMS
 
 BIGINT_MAX = 2**63 - 1
 DIGITS_PATTERN = "^0{0,13}[1-9][0-9]{0,18}$"  # card readers send zeros in front
 EXAMPLE_ITEM = "550e8400-e29b-41d4-a716-446655440000"
-EXAMPLE_KEY = "5a1bd1d2-6c53-4c0a-9c07-0c5d1c1a7f11"
 
 # https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/ puts it in quotes.
 KEY_PATTERN = r'^("[!#-~]{1,255}"|[!#-~]{1,255})$'
@@ -38,10 +38,6 @@ def _whole_number(value: Any) -> Any:
         "Input should be an integer above 0, or its decimal digits 0 to 9 as a string, "
         "without spaces, line breaks and signs",
     )
-
-
-def _in_utc(time: datetime) -> datetime:
-    return time.astimezone(UTC)
 
 
 UserId = Annotated[
@@ -70,7 +66,7 @@ IdempotencyKey = Annotated[
 
 
 class DebitRequest(BaseModel):
-    """A wish to charge a user for an item."""
+    """Request to charge a user for an item."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -94,6 +90,7 @@ class Payment(BaseModel):
 
     model_config = ConfigDict(
         frozen=True,
+        from_attributes=True,
         json_schema_extra={
             "examples": [
                 {
@@ -113,9 +110,7 @@ class Payment(BaseModel):
     transaction_id: UUID = Field(description="The ledger entry.")
     item_id: UUID = Field(description="The item that was bought.")
     amount: int = Field(ge=0, description="What was charged, in minor units.")
-    created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)] = Field(
-        description="When, in UTC."
-    )
+    created_at: AwareDatetime = Field(description="When, in UTC.")
 
 
 class DeclinedPayment(BaseModel):
@@ -124,16 +119,7 @@ class DeclinedPayment(BaseModel):
     outcome: str = Field(description="The problem's code.", examples=["insufficient_funds"])
 
 
-class FieldFault(BaseModel):
-    """One fault in a request: where it is, and what is wrong there."""
-
-    detail: str
-    pointer: str | None = Field(None, description="The body's field, as a JSON Pointer fragment.")
-    parameter: str | None = Field(None, description="The path or query parameter.")
-    header: str | None = Field(None, description="The header.")
-
-
-class Problem(BaseModel):
+class ProblemBase(BaseModel):
     """Why a request was not done (RFC 9457, application/problem+json)."""
 
     type: str = Field(description="Path of the explanation, /problems/{code}.")
@@ -142,11 +128,22 @@ class Problem(BaseModel):
     detail: str
     code: str = Field(description="What to decide on; see /problems.")
     request_id: str = Field(description="The request's id, as in the logs and in X-Request-ID.")
-    errors: list[FieldFault] | None = Field(None, description="With invalid_request: the faults.")
-    price: int | None = Field(None, description="With price_changed: the price now.")
-    idempotency_key: str | None = Field(
-        None, description="With outcome_unknown: the key to ask again with."
-    )
+
+
+def _extensions() -> dict[str, Any]:
+    """Return the members that single codes add, as optional fields of every problem."""
+    fields: dict[str, Any] = {}
+    for problem in PROBLEMS.values():
+        for name, field in problem.extension.model_fields.items() if problem.extension else ():
+            description = f"With {problem.code}: {field.description}"
+            kind: Any = field.annotation
+            fields[name] = (kind | None, Field(None, description=description))
+    return fields
+
+
+Problem: type[BaseModel] = create_model(
+    "Problem", __base__=ProblemBase, __doc__=ProblemBase.__doc__, **_extensions()
+)
 
 
 class ProblemExplanation(BaseModel):
@@ -171,10 +168,3 @@ class Readiness(BaseModel):
 
     status: str = Field(description="ready, starting or stopping.", examples=["ready"])
     dependencies: dict[str, str] = Field(examples=[{"ledger": "ok", "products": "not asked yet"}])
-
-
-class SchemasAsWritten(GenerateJsonSchema):
-    """Examples show their fields in the order of the model, not of the alphabet."""
-
-    def sort(self, value: JsonSchemaValue, parent_key: str | None = None) -> JsonSchemaValue:
-        return value

@@ -2,14 +2,16 @@
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import jwt
 from cachetools import LRUCache
 
-from app.auth.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys, SameId
+from app.auth.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys, SameId, open_issuer_keys
 from app.errors import Forbidden, Unauthenticated
+from app.telemetry.metrics import Metrics
 
 TOKEN_LENGTH_MAX = 16 * 1024
 LEEWAY_SECONDS = 5  # how far the issuer's clock may differ from this one's
@@ -171,6 +173,23 @@ class Authentication:
             for role in roles
             if isinstance(role, str)
         ]
+
+
+@asynccontextmanager
+async def open_authentication(
+    keys_url: str | None,
+    metrics: Metrics,
+    *,
+    issuer: str | None,
+    audience: str | None,
+    required_role: str | None,
+) -> AsyncIterator[Authentication | None]:
+    """Open the check of callers' tokens; None without an address of the issuer's keys."""
+    if keys_url is None:
+        yield None
+        return
+    async with open_issuer_keys(keys_url, metrics) as keys:
+        yield Authentication(keys, issuer=issuer, audience=audience, required_role=required_role)
 
 
 def read_actor(claims: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import httpx
@@ -9,16 +11,12 @@ import jwt
 from cachetools import TTLCache
 from cryptography.exceptions import UnsupportedAlgorithm
 
+from app.background import running
 from app.errors import AuthenticationUnavailable
-from app.http_client.failures import (
-    CALL_ERRORS,
-    FAILURE_SECONDS,
-    FailureLog,
-    Failures,
-    describe_failure,
-)
+from app.http_client.client import CALL_ERRORS, describe_failure, http_client
+from app.http_client.failures import FAILURE_SECONDS, FailureLog, Failures
 from app.http_client.retry_after import Pause
-from app.telemetry import metrics
+from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import FAILED, dependency_call
 
 KEYS_TIMEOUT_SECONDS = 2.0
@@ -35,8 +33,14 @@ RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
 # taken for such a secret is the classic forgery. https://www.rfc-editor.org/rfc/rfc8725#section-2.1
 ALGORITHMS = (*RSA_ALGORITHMS, "ES256", "ES384", "ES512", "EdDSA")
 JWK_ERRORS = (
-    *(jwt.PyJWTError, ValueError, TypeError, LookupError, AttributeError),
-    *(NotImplementedError, OverflowError, UnsupportedAlgorithm),
+    jwt.PyJWTError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NotImplementedError,
+    OverflowError,
+    UnsupportedAlgorithm,
 )
 
 logger = logging.getLogger(__name__)
@@ -67,12 +71,14 @@ class IssuerKeys:
         self,
         client: httpx.AsyncClient,
         url: str,
+        metrics: Metrics,
         *,
         age_seconds_max: float = KEYS_AGE_SECONDS_MAX,
         timeout_seconds: float = KEYS_TIMEOUT_SECONDS,
         failure_seconds: float = FAILURE_SECONDS,
     ) -> None:
         self._client = client
+        self._metrics = metrics
         self._url = url
         self._age_seconds_max = age_seconds_max
         self._timeout_seconds = timeout_seconds
@@ -159,7 +165,7 @@ class IssuerKeys:
         await asyncio.sleep(self._asked_at + REFRESH_SECONDS_MIN - _now())
         self._asked_at = _now()
         try:
-            with dependency_call("issuer", "get_keys"):
+            with dependency_call(self._metrics, "issuer", "get_keys"):
                 async with asyncio.timeout(self._timeout_seconds):
                     response = await self._client.get(self._url)
                 await self._pause.read(response)
@@ -184,21 +190,38 @@ class IssuerKeys:
         return problem
 
 
+@asynccontextmanager
+async def open_issuer_keys(url: str, metrics: Metrics) -> AsyncIterator[IssuerKeys]:
+    """Open the keys that an issuer publishes at `url`, and keep them fresh."""
+    async with http_client(
+        "AUTH_JWKS_URL",
+        url,
+        timeout_seconds=KEYS_TIMEOUT_SECONDS,
+        response_bytes_max=KEYS_BYTES_MAX,
+    ) as client:
+        keys = IssuerKeys(client, url, metrics)
+        try:
+            async with running(keys.keep_fresh()):
+                yield keys
+        finally:
+            await keys.close()
+
+
 def _read_keys(document: object) -> dict[str | None, SameId]:
     """Read a JWK set; keys for other uses, and of kinds not known here, are left out."""
     if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
         raise ValueError("this is no JWK set")  # noqa: TRY004 - the fault is in the document
     keys: dict[str | None, SameId] = {}
-    for one in document["keys"]:
+    for published in document["keys"]:
         try:
-            key = jwt.PyJWK(one)
+            key = jwt.PyJWK(published)
         except JWK_ERRORS:
             continue
         if not isinstance(key.key_id, str | None):
             continue
         if key.public_key_use in (None, "sig") and key.algorithm_name in ALGORITHMS:
             # An RSA key that does not say for which algorithm it is goes with any of its kind.
-            is_open = key.key_type == "RSA" and "alg" not in one
+            is_open = key.key_type == "RSA" and "alg" not in published
             algorithms = list(RSA_ALGORITHMS) if is_open else [key.algorithm_name]
             same_id = keys.get(key.key_id, ())
             keys[key.key_id] = (*same_id, IssuerKey(key.key, algorithms))

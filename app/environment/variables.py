@@ -12,6 +12,7 @@ from typing import NamedTuple
 from dotenv.main import resolve_variables
 from dotenv.parser import Binding, parse_stream
 
+CANNOT_START = "The service cannot start"
 ENV_FILE = Path(".env")
 LIKENESS_MIN = 0.85  # SUPABASE_ANON_KEY, a name of other programs, is 0.83 like SUPABASE_KEY
 # What libraries read from the process's environment by themselves.
@@ -135,4 +136,4 @@ def _export_for_libraries(in_file: dict[str, str]) -> None:
 
 
 def _file_error(problem: str) -> SettingsError:
-    return SettingsError(f"The service cannot start: {ENV_FILE.absolute()} {problem}.")
+    return SettingsError(f"{CANNOT_START}: {ENV_FILE.absolute()} {problem}.")

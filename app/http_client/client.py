@@ -1,4 +1,4 @@
-"""HTTP clients of the dependencies: connections, timeouts, and the size of responses."""
+"""HTTP clients of the dependencies: transport, limits, and what a failed call means."""
 
 import logging
 import ssl
@@ -8,8 +8,8 @@ import aiohttp
 import httpx
 from httpx_aiohttp import AiohttpTransport
 
+from app.environment.libraries import load_certificates
 from app.http_client.proxies import find_proxy
-from app.server.startup import load_certificates
 from app.telemetry.tracing import pass_on_traceparent
 
 CONNECT_TIMEOUT_SECONDS = 1.0
@@ -23,6 +23,56 @@ logger = logging.getLogger(__name__)
 
 class ResponseTooLarge(httpx.TransportError):
     """The response is longer than the client reads."""
+
+
+# The transport calls every broken connection a connect timeout, also one that broke after sending;
+# the cause tells them apart. Waiting for a free connection ends in the second of them too.
+NEVER_SENT = (
+    aiohttp.ClientConnectorError,
+    aiohttp.ConnectionTimeoutError,
+    aiohttp.ClientHttpProxyError,  # the proxy refused to connect to the dependency
+)
+# What a call can raise. A RecursionError is JSON that is nested without end.
+CALL_ERRORS = (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError, RecursionError)
+
+# The first kind that fits decides; {seconds} is the timeout of the call. No text holds a value of
+# the request or the response.
+REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
+    (ResponseTooLarge, "the response is too large"),
+    (httpx.DecodingError, "the response is compressed in a way that cannot be read"),
+    (aiohttp.ClientConnectorDNSError, "the host name cannot be resolved"),
+    (aiohttp.ClientConnectorCertificateError, "the certificate is not trusted"),
+    (aiohttp.ClientSSLError, "the TLS handshake failed"),
+    (aiohttp.ClientProxyConnectionError, "the proxy cannot be reached"),
+    (aiohttp.ClientHttpProxyError, "the proxy refused the connection"),
+    (aiohttp.ConnectionTimeoutError, "no connection in time"),
+    (TimeoutError, "no response within {seconds:g} s"),
+    (
+        (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError),
+        "the connection broke before the response was complete",
+    ),
+    (aiohttp.ClientResponseError, "the response is not HTTP"),
+    ((ValueError, RecursionError), "the response is not as documented"),
+)
+
+
+def was_sent(error: Exception) -> bool:
+    """Tell whether the dependency may have received the request of a failed call."""
+    return not (isinstance(error, httpx.TransportError) and isinstance(error.__cause__, NEVER_SENT))
+
+
+def describe_failure(error: Exception, timeout_seconds: float) -> str:
+    """Return the true reason: the transport calls every failed connection a timeout."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"status {error.response.status_code}"
+    is_mapped = isinstance(error, httpx.HTTPError) and not isinstance(error, httpx.DecodingError)
+    reason = error.__cause__ if is_mapped and error.__cause__ else error
+    if type(reason) is aiohttp.ClientConnectorError:
+        return f"no connection ({reason.os_error.strerror or 'refused'})"
+    for kinds, text in REASONS:
+        if isinstance(reason, kinds):
+            return text.format(seconds=timeout_seconds)
+    return type(reason).__name__
 
 
 class LimitedTransport(AiohttpTransport):

@@ -1,57 +1,16 @@
-"""Failed calls over HTTP: why they failed, how often that is logged, and when the next one is."""
+"""Failures of a dependency: how often they are logged, and when the next call is made."""
 
 import asyncio
 import logging
 from collections.abc import Hashable
 from contextvars import Context
 
-import aiohttp
-import httpx
 from cachetools import TTLCache
-
-from app.http_client.client import ResponseTooLarge
 
 FAILURE_SECONDS = 1.0  # how long a failure is remembered
 SUBJECTS_MAX = 10_000
 LOG_SECONDS = 1.0
 LOG_REASONS_MAX = 20  # of a dependency at a time; a reason can hold what the dependency sent
-
-# What a call can raise. A RecursionError is JSON that is nested without end.
-CALL_ERRORS = (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError, RecursionError)
-
-# The first kind that fits decides; {seconds} is the timeout of the call. No text holds a value of
-# the request or the response.
-REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
-    (ResponseTooLarge, "the response is too large"),
-    (httpx.DecodingError, "the response is compressed in a way that cannot be read"),
-    (aiohttp.ClientConnectorDNSError, "the host name cannot be resolved"),
-    (aiohttp.ClientConnectorCertificateError, "the certificate is not trusted"),
-    (aiohttp.ClientSSLError, "the TLS handshake failed"),
-    (aiohttp.ClientProxyConnectionError, "the proxy cannot be reached"),
-    (aiohttp.ClientHttpProxyError, "the proxy refused the connection"),
-    (aiohttp.ConnectionTimeoutError, "no connection in time"),
-    (TimeoutError, "no response within {seconds:g} s"),
-    (
-        (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError),
-        "the connection broke before the response was complete",
-    ),
-    (aiohttp.ClientResponseError, "the response is not HTTP"),
-    ((ValueError, RecursionError), "the response is not as documented"),
-)
-
-
-def describe_failure(error: Exception, timeout_seconds: float) -> str:
-    """Return the true reason: the transport calls every failed connection a timeout."""
-    if isinstance(error, httpx.HTTPStatusError):
-        return f"status {error.response.status_code}"
-    is_mapped = isinstance(error, httpx.HTTPError) and not isinstance(error, httpx.DecodingError)
-    reason = error.__cause__ if is_mapped and error.__cause__ else error
-    if type(reason) is aiohttp.ClientConnectorError:
-        return f"no connection ({reason.os_error.strerror or 'refused'})"
-    for kinds, text in REASONS:
-        if isinstance(reason, kinds):
-            return text.format(seconds=timeout_seconds)
-    return type(reason).__name__
 
 
 class Failures:

@@ -1,23 +1,33 @@
-"""The ledger: calls of the Postgres functions behind Supabase, and what their failures mean."""
+"""The client of the ledger: calls of the database functions through Supabase."""
 
 import asyncio
 import logging
-import random
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import TypeVar
 
-import aiohttp
 import httpx
-from postgrest.exceptions import APIError
 from postgrest.types import JSON
-from supabase import AsyncClient
+from pydantic import SecretStr
+from supabase import AsyncClient, AsyncClientOptions
 
+from app.environment.libraries import building
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
-from app.http_client.failures import FailureLog, describe_failure
+from app.http_client.client import http_client
+from app.http_client.failures import FailureLog
 from app.http_client.retry_after import Pause
-from app.ledger.outcomes import KeyedDebit, Outcome, read_batch, read_found, read_outcome
-from app.telemetry import metrics
+from app.ledger.failures import CALL_ERRORS, classify_failure, describe_failure
+from app.ledger.outcomes import (
+    KeyedDebit,
+    Outcome,
+    read_batch,
+    read_found,
+    read_outcome,
+    write_arguments,
+    write_debit,
+)
+from app.ledger.repeats import Repeats
+from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import dependency_call
 
 # Longer than the function's own statement_timeout (4 s), so that the database gives up first.
@@ -25,52 +35,9 @@ CALL_TIMEOUT_SECONDS = 5.0
 CALLS_MAX = 100
 LOOKUPS_MAX = 8  # so that look-ups leave most of PostgREST's connections to debits
 REMOVED_ROWS_MAX = 1_000  # in one call, which takes some 20 ms
+RESPONSE_BYTES_MAX = 1024 * 1024
 
-# A call that was certainly not done is repeated for so long, for example while Postgres restarts.
-NOT_DONE_SECONDS_MAX = 3.0
-FIRST_DELAY_SECONDS_MAX = 0.1  # before a call is repeated; each time up to twice as long
-DELAY_SECONDS_MAX = 1.0
-
-# The transport calls every broken connection a connect timeout, also one that broke after sending;
-# what it was is in the cause. Waiting for a free connection ends in the second of them too.
-NEVER_SENT = (
-    *(aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError),
-    aiohttp.ClientHttpProxyError,  # the proxy refused to connect to the gateway
-)
-# The transaction was not begun or was rolled back: PostgREST had no connection or no schema cache
-# (PGRST000, 002, 003), or Postgres gave up on a lock or on time, could not serialise, or only
-# reads: 25006, and 0A000 of a replica, where PostgREST asks for a transaction that writes. 25P02: a
-# cancelled COMMIT left PostgREST a connection in an aborted transaction, which rejects everything.
-# https://docs.postgrest.org/en/stable/references/errors.html and the manual's appendix A.
-NOT_DONE_CODES = (
-    "PGRST000",
-    "PGRST002",
-    "PGRST003",
-    "53",
-    "55P03",
-    "57014",
-    "40001",
-    "40P01",
-    "25006",
-    "25P02",
-    "0A000",
-)
-# The connection to the database was lost, perhaps after the commit, or PostgREST itself failed.
-# XX000: a node of a cluster was lost at the commit.
-UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0", "40003", "XX000")
-MESSAGE_LENGTH_MAX = 200  # of an error, in the log
-# A code of PostgREST or of Postgres. What has another is a word of somebody between, such as a
-# proxy, or the HTTP status that the client puts in: neither tells about the transaction.
-LEDGER_CODE = re.compile(r"PGRST\w+|[0-9A-Z]{5}")
-
-# The transport lets some of its own errors through, such as that of an answer that is no HTTP;
-# a ValueError is an answer that is no JSON, or none of ours, a RecursionError one without end.
-CALL_ERRORS = (
-    *(APIError, httpx.HTTPError, aiohttp.ClientError, TimeoutError),
-    *(ValueError, RecursionError),
-)
-
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 logger = logging.getLogger(__package__)
 
@@ -81,12 +48,14 @@ class Ledger:
     def __init__(
         self,
         supabase: AsyncClient,
+        metrics: Metrics,
         pause: Pause | None = None,
         *,
         call_timeout_seconds: float = CALL_TIMEOUT_SECONDS,
     ) -> None:
         """Take a client, and the pause that its responses may ask for."""
         self._supabase = supabase
+        self._metrics = metrics
         self._call_timeout_seconds = call_timeout_seconds
         # A pause leaves the meaning of the response that began it alone: 429 is unknown like any
         # response without a code of the database. A gateway refuses before it passes a call on,
@@ -113,7 +82,7 @@ class Ledger:
         repeats = Repeats(self.pause, deadline, perhaps_done=perhaps_done)
         while True:
             try:
-                return await self._ask(sent, deadline)
+                return await self._debit_once(sent, deadline)
             except PaymentError as failure:
                 if await repeats.again_after(failure):
                     continue
@@ -128,16 +97,16 @@ class Ledger:
             PaymentError: the ledger failed; the class says what that means for all of them.
         """
         debits: list[JSON] = [write_debit(debit) for debit in sent]
-        metrics.BATCH_SIZE.observe(len(sent))
+        self._metrics.batch_size.observe(len(sent))
         return await self._call(
             "debit_use_batch",
             {"debits": debits},
             _now() + self._call_timeout_seconds,
-            lambda answer: read_batch(answer, sent),
+            lambda response: read_batch(response, sent),
         )
 
     async def find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
-        """Look up what was answered under a key; None if nothing is recorded.
+        """Return the outcome stored for an idempotency key, or None.
 
         Raises:
             LedgerUnavailable: it could not be looked up.
@@ -168,18 +137,13 @@ class Ledger:
         """
         await self._call("check_ledger", {}, _now() + self._call_timeout_seconds, _read_check)
 
-    async def _ask(self, sent: KeyedDebit, deadline: float) -> Outcome:
-        arguments: dict[str, JSON] = {
-            "user_id_input": sent.debit.user_id,
-            "item_input": str(sent.debit.item_id),
-            "idempotency_key_input": sent.key,
-            "expected_price_input": sent.debit.expected_price,
-            "attempt_input": sent.attempt,
-            "actor_input": sent.actor,
-        }
-        metrics.BATCH_SIZE.observe(1)
+    async def _debit_once(self, sent: KeyedDebit, deadline: float) -> Outcome:
+        self._metrics.batch_size.observe(1)
         return await self._call(
-            "debit_use", arguments, deadline, lambda answer: read_outcome(answer, sent)
+            "debit_use",
+            write_arguments(sent),
+            deadline,
+            lambda response: read_outcome(response, sent),
         )
 
     async def _call(
@@ -187,9 +151,9 @@ class Ledger:
         function: str,
         arguments: dict[str, JSON],
         deadline: float,
-        read: Callable[[object], Answer],
+        read: Callable[[object], Result],
         permits: asyncio.Semaphore | None = None,
-    ) -> Answer:
+    ) -> Result:
         permits = permits or self._calls
         try:
             async with asyncio.timeout_at(deadline):
@@ -199,117 +163,71 @@ class Ledger:
         try:
             if _now() >= deadline or self.pause.seconds_left():
                 raise LedgerUnavailable  # neither was this: a call can be sent before it times out
-            with dependency_call("ledger", function):
-                return await self._ask_once(function, arguments, deadline, read)
+            with dependency_call(self._metrics, "ledger", function):
+                return await self._send(function, arguments, deadline, read)
         finally:
             permits.release()
 
-    async def _ask_once(
+    async def _send(
         self,
         function: str,
         arguments: dict[str, JSON],
         deadline: float,
-        read: Callable[[object], Answer],
-    ) -> Answer:
+        read: Callable[[object], Result],
+    ) -> Result:
         try:
             async with asyncio.timeout_at(min(deadline, _now() + self._call_timeout_seconds)):
                 response = await self._supabase.rpc(function, arguments).execute()
-            answer = read(response.data)
+            result = read(response.data)
         except CALL_ERRORS as error:
             failure = classify_failure(error)
             self.last_state = failure.code
             level = logging.ERROR if failure is LedgerRejected else logging.WARNING
-            reason = _describe(error, self._call_timeout_seconds)
+            reason = describe_failure(error, self._call_timeout_seconds)
             self._failures.log(level, f"{function}: {failure.code}: {reason}")
             raise failure from error
         self.last_state = "ok"
-        return answer
+        return result
 
 
-class Repeats:
-    """Whether a failed call is repeated, when, and what its failures mean together."""
+@asynccontextmanager
+async def open_ledger(
+    url: str, key: SecretStr, metrics: Metrics, *, call_timeout_seconds: float
+) -> AsyncIterator[Ledger]:
+    """Open a client of the ledger in the Supabase project at `url`.
 
-    def __init__(self, pause: Pause, deadline: float, *, perhaps_done: bool = False) -> None:
-        self.perhaps_done = perhaps_done
-        self._pause = pause
-        self._deadline = deadline
-        self._not_done_until = _now() + NOT_DONE_SECONDS_MAX
-        self._calls = 0
-
-    async def again_after(self, failure: PaymentError) -> bool:
-        """Wait until the call may be repeated; False if it may not."""
-        self._calls += 1
-        if isinstance(failure, OutcomeUnknown):
-            self.perhaps_done = True
-        elif not isinstance(failure, LedgerUnavailable):
-            return False
-        delay_seconds = self._pause.seconds_left() + _delay_seconds(self._calls)
-        at = _now() + delay_seconds
-        if at >= self._deadline or (not self.perhaps_done and at > self._not_done_until):
-            return False
-        await asyncio.sleep(delay_seconds)
-        return True
-
-
-def classify_failure(error: Exception) -> type[PaymentError]:
-    """Tell what a failed call means for the debit: not done, perhaps done, or never possible."""
-    if isinstance(error, httpx.TransportError) and isinstance(error.__cause__, NEVER_SENT):
-        return LedgerUnavailable
-    if not isinstance(error, APIError):
-        return OutcomeUnknown
-    code = error.code
-    if (
-        not isinstance(code, str)
-        or not LEDGER_CODE.fullmatch(code)
-        or code.startswith(UNKNOWN_CODES)
-    ):
-        return OutcomeUnknown
-    if code.startswith(NOT_DONE_CODES):
-        return LedgerUnavailable
-    return LedgerRejected
+    Raises:
+        SettingsError: the Supabase client rejects the address or the key.
+    """
+    client = http_client(
+        "SUPABASE_URL",
+        url,
+        timeout_seconds=CALL_TIMEOUT_SECONDS,
+        response_bytes_max=RESPONSE_BYTES_MAX,
+        connections_max=CALLS_MAX + LOOKUPS_MAX,
+    )
+    # PostgREST sends a Retry-After with each 503; how soon those are repeated is decided here.
+    pause = Pause("SUPABASE_URL", {httpx.codes.TOO_MANY_REQUESTS})
+    client.event_hooks["response"].append(pause.read)
+    async with client:
+        with building("the Supabase client", "SUPABASE_URL", "SUPABASE_KEY"):
+            options = AsyncClientOptions(
+                httpx_client=client, auto_refresh_token=False, persist_session=False
+            )
+            supabase = AsyncClient(url, key.get_secret_value(), options)
+        yield Ledger(supabase, metrics, pause, call_timeout_seconds=call_timeout_seconds)
 
 
-def write_debit(sent: KeyedDebit) -> JSON:
-    """Write a debit of a batch; what is null is left out, so that a request holds more of them."""
-    debit = sent.debit
-    written: dict[str, JSON] = {
-        "user_id": debit.user_id,
-        "item_id": str(debit.item_id),
-        "attempt": sent.attempt,
-    }
-    if not sent.has_generated_key:
-        written["idempotency_key"] = sent.key
-    if debit.expected_price is not None:
-        written["expected_price"] = debit.expected_price
-    if sent.actor is not None:
-        written["actor"] = sent.actor
-    return written
-
-
-def _read_count(answer: object) -> int:
-    if not isinstance(answer, int):
+def _read_count(response: object) -> int:
+    if not isinstance(response, int):
         raise ValueError("the response is not a number")  # noqa: TRY004 - of CALL_ERRORS
-    return answer
+    return response
 
 
-def _read_check(answer: object) -> None:
-    if not isinstance(answer, dict) or answer.get("outcome") != "ready":
+def _read_check(response: object) -> None:
+    if not isinstance(response, dict) or response.get("outcome") != "ready":
         raise ValueError("the response is not that of check_ledger")
-
-
-def _delay_seconds(calls: int) -> float:
-    """Wait longer after each call, and never two callers alike."""
-    most = min(FIRST_DELAY_SECONDS_MAX * 2 ** (calls - 1), DELAY_SECONDS_MAX)
-    return random.uniform(most / 2, most)  # noqa: S311 - it spreads callers, it guards nothing
 
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _describe(error: Exception, timeout_seconds: float) -> str:
-    if isinstance(error, APIError):
-        # A proxy's page as a message has lines without end.
-        message = next(iter(str(error.message).splitlines()), "")[:MESSAGE_LENGTH_MAX]
-        return f"{error.code or 'an answer without a code:'} {message}"
-    return describe_failure(error, timeout_seconds)

@@ -1,12 +1,22 @@
-"""What the database functions answer: the outcome of a debit, done or declined."""
+"""Debits and their outcomes, as the database functions take and return them."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from datetime import UTC, datetime
+from typing import Annotated, Literal, NamedTuple, Self
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from postgrest.types import JSON
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
-from app.api.schemas import DebitRequest, Payment
 from app.errors import (
     IdempotencyKeyReused,
     InsufficientFunds,
@@ -30,56 +40,69 @@ OUTCOME_ERRORS: dict[str, type[PaymentError]] = {
         InsufficientFunds,
     )
 }
+BUSY = "busy"  # the outcome of a debit that a batch has skipped
 
 
-BUSY = "busy"
+class Debit(NamedTuple):
+    """Request to charge a user for an item; `expected_price` is in minor units."""
+
+    user_id: int
+    item_id: UUID
+    expected_price: int | None = None
 
 
 class KeyedDebit(NamedTuple):
-    """A debit as the ledger takes it: with its key, an id of this request for it, and who asks."""
+    """A debit with its idempotency key, the id of this attempt at it, and who asks."""
 
-    debit: DebitRequest
+    debit: Debit
     key: str
     attempt: str
     actor: str | None = None
 
     @property
     def has_generated_key(self) -> bool:
-        """Tell whether the key is the attempt's id, which the ledger takes if it gets no key."""
+        """Tell whether the key is the attempt's id, which the ledger uses if it gets no key."""
         return self.key == self.attempt
 
 
-class Debited(Payment):
-    """The user was charged; what callers do not see of it is left out of the answer."""
+def _in_utc(time: datetime) -> datetime:
+    return time.astimezone(UTC)
+
+
+class Debited(BaseModel):
+    """The user was charged; money is in minor units."""
 
     model_config = ConfigDict(frozen=True)
 
-    outcome: Literal["debited"] = Field(exclude=True)
-    expected_price: int | None = Field(exclude=True)
-    replayed: bool = Field(exclude=True)
-    actor: str | None = Field(None, exclude=True)
+    outcome: Literal["debited"]
+    user_id: int
+    item_id: UUID
+    expected_price: int | None
+    transaction_id: UUID
+    amount: int = Field(ge=0)
+    new_balance: int
+    created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
+    replayed: bool
+    actor: str | None = None
 
     @property
     def attempt(self) -> UUID:
         return self.transaction_id
 
-    def is_about(self, debit: DebitRequest) -> bool:
-        return (self.user_id, self.item_id, self.expected_price) == (
-            *(debit.user_id, debit.item_id),
-            debit.expected_price,
-        )
+    def is_about(self, debit: Debit) -> bool:
+        """Tell whether this is the outcome of a request for the same debit."""
+        return debit == (self.user_id, self.item_id, self.expected_price)
 
 
 class Declined(BaseModel):
-    """The rules refused the debit; no money moved."""
+    """The rules refused the debit; no money moved. Other members explain the refusal."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, extra="allow")
 
     outcome: str
     item_id: UUID | None
     expected_price: int | None
     replayed: bool
-    price: int | None = None
     attempt: UUID | None = None
     actor: str | None = None
 
@@ -90,16 +113,24 @@ class Declined(BaseModel):
             raise ValueError("no such outcome")
         return outcome
 
-    def is_about(self, debit: DebitRequest) -> bool:
+    @model_validator(mode="after")
+    def _explains_itself(self) -> Self:
+        if extension := OUTCOME_ERRORS[self.outcome].extension:
+            extension.model_validate(self.model_extra)
+        return self
+
+    def is_about(self, debit: Debit) -> bool:
+        """Tell whether this is the outcome of a request for the same debit."""
         return (self.item_id, self.expected_price) == (debit.item_id, debit.expected_price)
 
-    def error(self) -> PaymentError:
-        """Make the problem that the caller gets, the same one at every replay."""
-        error = OUTCOME_ERRORS[self.outcome]()
-        if self.price is not None:
-            error.members["price"] = self.price
-        error.replayed = self.replayed
-        return error
+    def problem(self) -> PaymentError:
+        """Return the problem that the caller gets, the same one at every replay."""
+        error = OUTCOME_ERRORS[self.outcome]
+        names = error.extension.model_fields if error.extension else ()
+        details = self.model_extra or {}
+        problem = error(**{name: details[name] for name in names})
+        problem.replayed = self.replayed
+        return problem
 
 
 Outcome = Debited | Declined
@@ -114,13 +145,42 @@ _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 _OUTCOME_OR_NONE: TypeAdapter[Outcome | None] = TypeAdapter(Outcome | None)
 
 
-def read_outcome(answer: object, sent: KeyedDebit) -> Outcome:
-    """Read what debit_use returned. This request's own lost response is no replay.
+def write_arguments(sent: KeyedDebit) -> dict[str, JSON]:
+    """Return the arguments of `debit_use`."""
+    return {
+        "user_id_input": sent.debit.user_id,
+        "item_input": str(sent.debit.item_id),
+        "idempotency_key_input": sent.key,
+        "expected_price_input": sent.debit.expected_price,
+        "attempt_input": sent.attempt,
+        "actor_input": sent.actor,
+    }
+
+
+def write_debit(sent: KeyedDebit) -> JSON:
+    """Return a debit of `debit_use_batch`, without null members: a request then holds more."""
+    debit = sent.debit
+    written: dict[str, JSON] = {
+        "user_id": debit.user_id,
+        "item_id": str(debit.item_id),
+        "attempt": sent.attempt,
+    }
+    if not sent.has_generated_key:
+        written["idempotency_key"] = sent.key
+    if debit.expected_price is not None:
+        written["expected_price"] = debit.expected_price
+    if sent.actor is not None:
+        written["actor"] = sent.actor
+    return written
+
+
+def read_outcome(response: object, sent: KeyedDebit) -> Outcome:
+    """Read what `debit_use` returned. This request's own lost response is no replay.
 
     Raises:
         ValueError: it is no outcome, or that of another debit.
     """
-    outcome = _OUTCOME.validate_python(answer)
+    outcome = _OUTCOME.validate_python(response)
     if not outcome.is_about(sent.debit):
         raise ValueError("the outcome is about another debit")
     if outcome.replayed and str(outcome.attempt) == sent.attempt:
@@ -128,24 +188,28 @@ def read_outcome(answer: object, sent: KeyedDebit) -> Outcome:
     return outcome
 
 
-def read_batch(answer: object, sent: Sequence[KeyedDebit]) -> list[Outcome | None]:
-    """Read what debit_use_batch returned; None: another transaction holds the user or the item.
+def read_batch(response: object, sent: Sequence[KeyedDebit]) -> list[Outcome | None]:
+    """Read what `debit_use_batch` returned; None: another transaction holds the user or the item.
 
     Raises:
         ValueError: it is not a list of these debits' outcomes.
     """
-    if not isinstance(answer, list) or len(answer) != len(sent):
+    if not isinstance(response, list) or len(response) != len(sent):
         raise ValueError("there is not one outcome for each debit")
     return [
-        None if isinstance(one, dict) and one.get("outcome") == BUSY else read_outcome(one, debit)
-        for one, debit in zip(answer, sent, strict=True)
+        None if _is_busy(outcome) else read_outcome(outcome, debit)
+        for outcome, debit in zip(response, sent, strict=True)
     ]
 
 
-def read_found(answer: object) -> Outcome | None:
-    """Read what find_payment answered.
+def read_found(response: object) -> Outcome | None:
+    """Read what `find_payment` returned.
 
     Raises:
         ValueError: it is neither an outcome nor null.
     """
-    return _OUTCOME_OR_NONE.validate_python(answer)
+    return _OUTCOME_OR_NONE.validate_python(response)
+
+
+def _is_busy(outcome: object) -> bool:
+    return isinstance(outcome, dict) and outcome.get("outcome") == BUSY

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import uuid4
 
-from app.api.schemas import DebitRequest
 from app.auth.authentication import Caller
 from app.errors import (
     Forbidden,
@@ -19,10 +18,10 @@ from app.errors import (
 )
 from app.ledger.client import Ledger
 from app.ledger.group_commit import GroupCommit
-from app.ledger.outcomes import Debited, KeyedDebit, Outcome, is_of
+from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, is_of
 from app.ledger.user_limits import UserTurns
 from app.products.client import Products
-from app.telemetry import metrics
+from app.telemetry.metrics import Metrics
 
 
 class Debits:
@@ -33,6 +32,7 @@ class Debits:
         products: Products,
         ledger: Ledger,
         group_commit: GroupCommit,
+        metrics: Metrics,
         *,
         waiting_max: int,
         timeout_seconds: float,
@@ -44,8 +44,8 @@ class Debits:
         self._timeout_seconds = timeout_seconds
         self._waiting = 0
         self._lookup_turns = UserTurns()
-        metrics.WAITING.set_function(lambda: self._waiting)
-        metrics.WAITING_MAX.set(waiting_max)
+        metrics.waiting.set_function(lambda: self._waiting)
+        metrics.waiting_max.set(waiting_max)
 
     def deadline(self) -> float:
         """Until when a request that comes now is answered, by the event loop's clock."""
@@ -53,7 +53,7 @@ class Debits:
 
     async def debit_user_for_item(
         self,
-        debit: DebitRequest,
+        debit: Debit,
         callers_key: str | None,
         deadline: float,
         caller: Caller | None = None,
@@ -102,7 +102,7 @@ class Debits:
 
     async def _debit(
         self,
-        debit: DebitRequest,
+        debit: Debit,
         callers_key: str | None,
         deadline: float,
         caller: Caller | None,
@@ -138,4 +138,4 @@ def _actor(caller: Caller | None) -> str | None:
 def _charged(outcome: Outcome) -> Debited:
     if isinstance(outcome, Debited):
         return outcome
-    raise outcome.error()
+    raise outcome.problem()

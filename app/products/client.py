@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import NamedTuple
 from uuid import UUID
 
@@ -9,15 +11,10 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from app.errors import Forbidden, ItemNotFound, PaymentError, ProductsUnavailable
-from app.http_client.failures import (
-    CALL_ERRORS,
-    FAILURE_SECONDS,
-    FailureLog,
-    Failures,
-    describe_failure,
-)
+from app.http_client.client import CALL_ERRORS, describe_failure, http_client
+from app.http_client.failures import FAILURE_SECONDS, FailureLog, Failures
 from app.http_client.retry_after import Pause
-from app.telemetry import metrics
+from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import dependency_call
 
 PRODUCTS_TIMEOUT_SECONDS = 2.0
@@ -63,6 +60,7 @@ class Products:
     def __init__(
         self,
         client: httpx.AsyncClient,
+        metrics: Metrics,
         cache_seconds: float,
         service_token: SecretStr | None = None,
         *,
@@ -71,6 +69,7 @@ class Products:
         items_max: int = ITEMS_MAX,
     ) -> None:
         self._client = client
+        self._metrics = metrics
         self._service_token = service_token
         self._items_max = items_max
         self._cache_seconds = cache_seconds
@@ -142,7 +141,7 @@ class Products:
     async def _fetch(self, item_id: UUID, token: str | None) -> Item | PaymentError:
         """Ask for an item; a problem is returned, so that it may also be of interest to nobody."""
         try:
-            with dependency_call("products", "get_item"):
+            with dependency_call(self._metrics, "products", "get_item"):
                 item = await self._ask(item_id, token)
         except PaymentError as problem:
             if isinstance(problem, ItemNotFound):
@@ -190,6 +189,24 @@ class Products:
         problem = ProductsUnavailable()
         problem.headers = self._pause.headers(problem.headers)
         return problem
+
+
+@asynccontextmanager
+async def open_products(
+    url: str, metrics: Metrics, *, cache_seconds: float, service_token: SecretStr | None
+) -> AsyncIterator[Products]:
+    """Open a client of the products service at `url`."""
+    async with http_client(
+        "PRODUCTS_SERVICE_URL",
+        url,
+        timeout_seconds=PRODUCTS_TIMEOUT_SECONDS,
+        response_bytes_max=ITEM_BYTES_MAX,
+    ) as client:
+        products = Products(client, metrics, cache_seconds, service_token)
+        try:
+            yield products
+        finally:
+            await products.close()
 
 
 def _read_item(response: httpx.Response, item_id: UUID) -> Item | None:

@@ -1,53 +1,30 @@
-"""What can fail while the service starts, told in one message that names the setting."""
+"""Why the service cannot start, in one message."""
 
 import logging
-import os
-import re
-import ssl
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
-import httpx
-from starlette.types import Message, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.environment.variables import SettingsError
-
-CANNOT_START = "The service cannot start"
-SAMPLERS = "(parentbased_)?(always_on|always_off|traceidratio)"
-# Names, what they may hold, and what to write.
-# https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
-TRACE_RULES = [
-    (re.compile(name), re.compile(value, re.IGNORECASE), advice)
-    for name, value, advice in (
-        (r"OTEL_BSP_\w+", r"[1-9]\d{0,8}", "a whole number without a unit, such as 512"),
-        (r"OTEL_\w+_LIMIT", r"\d{1,9}", "a whole number, such as 128"),
-        (r"OTEL_EXPORTER_OTLP_(TRACES_)?TIMEOUT", r"\d{1,9}(\.\d+)?", "a number, such as 10"),
-        ("OTEL_TRACES_SAMPLER", SAMPLERS, "always_on, always_off, traceidratio or parentbased_..."),
-        ("OTEL_TRACES_SAMPLER_ARG", r"0?\.\d+|[01](\.0*)?", "a number from 0 to 1, such as 0.1"),
-        (r"OTEL_\w+_COMPRESSION", "none|gzip|deflate", "none, gzip or deflate"),
-    )
-]
-TRACE_FILES = re.compile(
-    r"OTEL_EXPORTER_OTLP_(TRACES_)?(CERTIFICATE|CLIENT_KEY|CLIENT_CERTIFICATE)"
-    r"|(REQUESTS|CURL)_CA_BUNDLE"
-)
+from app.environment.variables import CANNOT_START, SettingsError
 
 logger = logging.getLogger(__name__)
 
 
-def with_startup_message(send: Send) -> Send:
-    """Send one message, instead of Starlette's traceback, when the startup fails."""
+class StartupMessage:
+    """Middleware: says why the startup failed in one message, instead of Starlette's traceback."""
 
-    async def send_message(message: Message) -> None:
-        error = sys.exception()
-        if message["type"] == "lifespan.startup.failed" and error is not None:
-            logger.debug("the startup failed", exc_info=error)
-            message = {**message, "message": describe_startup_failure(error)}
-        await send(message)
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
-    return send_message
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_message(message: Message) -> None:
+            error = sys.exception()
+            if message["type"] == "lifespan.startup.failed" and error is not None:
+                logger.debug("the startup failed", exc_info=error)
+                message = {**message, "message": describe_startup_failure(error)}
+            await send(message)
+
+        await self._app(scope, receive, send_message if scope["type"] == "lifespan" else send)
 
 
 def describe_startup_failure(error: BaseException) -> str:
@@ -57,88 +34,6 @@ def describe_startup_failure(error: BaseException) -> str:
         f"{CANNOT_START}: {type(error).__name__} in {_place(error)}. "
         "Check its settings; with LOG_LEVEL=DEBUG the log shows where it fails."
     )
-
-
-@contextmanager
-def building(what: str, *settings: str) -> Iterator[None]:
-    """Name what cannot be built and its settings; the cause may repeat a value, and is not told.
-
-    Raises:
-        SettingsError: it cannot be built.
-    """
-    try:
-        yield
-    except SettingsError:
-        raise
-    except Exception as error:
-        raise SettingsError(
-            f"{CANNOT_START}: {what} cannot be built ({type(error).__name__}). "
-            f"Check {', '.join(settings)}."
-        ) from error
-
-
-def load_certificates() -> ssl.SSLContext:
-    """Read the certificates that are trusted, from where httpx looks for them.
-
-    Raises:
-        SettingsError: SSL_CERT_FILE or SSL_CERT_DIR names none.
-    """
-    file, folders = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
-    if not file and folders and not any(map(os.path.isdir, folders.split(os.pathsep))):
-        raise SettingsError(f"{CANNOT_START}: SSL_CERT_DIR should be a folder of certificates.")
-    try:
-        return httpx.create_ssl_context()
-    except OSError as error:
-        name = "SSL_CERT_FILE" if file else "SSL_CERT_DIR"
-        raise SettingsError(
-            f"{CANNOT_START}: {name} should be a file of certificates (PEM) that can be read; "
-            f"it is not ({_reason(error)})."
-        ) from error
-
-
-def check_trace_variables() -> None:
-    """Check what OpenTelemetry reads by itself; it would log a traceback and use its default.
-
-    Raises:
-        SettingsError: values are wrong; the message names each variable.
-    """
-    problems = [
-        f"  {name}: {problem}"
-        for name, value in sorted(os.environ.items())
-        if (problem := _trace_problem(name, value.strip()))
-    ]
-    if problems:
-        raise SettingsError(
-            "\n".join([f"{CANNOT_START}. In its environment are wrong:", *problems])
-        )
-
-
-def trace_variables() -> list[str]:
-    return sorted(name for name in os.environ if name.startswith("OTEL_"))
-
-
-def _trace_problem(name: str, value: str) -> str | None:
-    if not value:
-        return None
-    if TRACE_FILES.fullmatch(name):
-        return _file_problem(Path(value))
-    for names, values, advice in TRACE_RULES:
-        if names.fullmatch(name) and not values.fullmatch(value):
-            return f"should be {advice}"
-    return None
-
-
-def _file_problem(path: Path) -> str | None:
-    try:
-        if not path.is_dir():
-            path.open("rb").close()
-    except OSError as error:
-        return f"should be a file that can be read; it is not ({_reason(error)})"
-    return None
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__
 
 
 def _place(error: BaseException) -> str:

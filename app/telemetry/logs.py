@@ -11,7 +11,7 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.types import EventDict, Processor
 
-from app.telemetry.tracing import request_now
+from app.telemetry.requests import request_now
 
 
 def configure_logging(level: str) -> None:
@@ -41,8 +41,9 @@ def configure_logging(level: str) -> None:
         )
     )
     root = logging.getLogger()
-    for former in [one for one in root.handlers if isinstance(one.formatter, ProcessorFormatter)]:
-        root.removeHandler(former)
+    for previous in list(root.handlers):
+        if isinstance(previous.formatter, ProcessorFormatter):
+            root.removeHandler(previous)
     root.addHandler(handler)
     root.setLevel(level)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per call says nothing new
@@ -92,9 +93,9 @@ def _stamp(_logger: Any, method: str, event: EventDict) -> EventDict:
 
 
 def _add_request(_logger: Any, _method: str, event: EventDict) -> EventDict:
-    if ids := request_now.get():
-        event["request_id"] = ids.request_id
-        event["trace_id"] = ids.trace_id
+    if record := request_now.get():
+        event["request_id"] = record.request_id
+        event["trace_id"] = record.trace_id
     return event
 
 

@@ -3,73 +3,119 @@
 import platform
 from collections.abc import Iterable
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    GCCollector,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from app import __version__
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # else each has a second series
 
+MEDIA_TYPE = CONTENT_TYPE_LATEST
 # Most debits take a few milliseconds; a request ends after 8 s, a call to a dependency after 5 s.
 SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
-REQUEST_SECONDS = Histogram(
-    "http_request_duration_seconds",
-    "Requests answered, by route template, method and status.",
-    ("method", "route", "status"),
-    buckets=SECONDS,
-)
-DEBITS = Counter(
-    "payment_debits",
-    "Debits answered for the first time, by outcome: debited, or the problem's code.",
-    ("outcome",),
-)
-DEBITED = DEBITS.labels("debited")
-REPLAYS = Counter(
-    "payment_replays", "Debits answered as an earlier request was, by outcome.", ("outcome",)
-)
-AMOUNT_DEBITED = Counter(
-    "payment_amount_debited_minor_units", "Money charged, in minor units; replays not among it."
-)
-CALL_SECONDS = Histogram(
-    "payment_dependency_call_duration_seconds",
-    "Calls to the ledger, the products service and the issuer of tokens, by outcome.",
-    ("dependency", "operation", "outcome"),
-    buckets=SECONDS,
-)
-BATCH_SIZE = Histogram(
-    "payment_batch_size", "Debits in one call to the ledger.", buckets=(1, 2, 4, 8, 16, 32, 64)
-)
-LANE_DEPTH = Gauge("payment_lane_depth", "Debits that wait for a lane's next call.", ("lane",))
-WAITING = Gauge("payment_debits_waiting", "Debits under way.")
-WAITING_MAX = Gauge("payment_debits_waiting_max", "With more under way, debits are refused.")
-READY = Gauge("payment_ready", "1 when debits can be taken.")
-BUILD_INFO = Gauge("payment_build_info", "Always 1; what runs.", ("version", "python"))
-BUILD_INFO.labels(__version__, platform.python_version()).set(1)
 
-MEDIA_TYPE = CONTENT_TYPE_LATEST
+class Metrics:
+    """The metrics of one run of the service; the lifespan makes them and passes them on."""
 
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+        self.request_seconds = Histogram(
+            "http_request_duration_seconds",
+            "Requests answered, by route template, method and status.",
+            ("method", "route", "status"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._debits = Counter(
+            "payment_debits",
+            "Debits answered for the first time, by outcome: debited, or the problem's code.",
+            ("outcome",),
+            registry=registry,
+        )
+        self._replays = Counter(
+            "payment_replays",
+            "Debits answered as an earlier request was, by outcome.",
+            ("outcome",),
+            registry=registry,
+        )
+        self._amount_debited = Counter(
+            "payment_amount_debited_minor_units",
+            "Money charged, in minor units; replays not among it.",
+            registry=registry,
+        )
+        self.call_seconds = Histogram(
+            "payment_dependency_call_duration_seconds",
+            "Calls to the ledger, the products service and the issuer of tokens, by outcome.",
+            ("dependency", "operation", "outcome"),
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "payment_batch_size",
+            "Debits in one call to the ledger.",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=registry,
+        )
+        self.lane_depth = Gauge(
+            "payment_lane_depth",
+            "Debits that wait for a lane's next call.",
+            ("lane",),
+            registry=registry,
+        )
+        self.waiting = Gauge("payment_debits_waiting", "Debits under way.", registry=registry)
+        self.waiting_max = Gauge(
+            "payment_debits_waiting_max",
+            "With more under way, debits are refused.",
+            registry=registry,
+        )
+        self.ready = Gauge("payment_ready", "1 when debits can be taken.", registry=registry)
+        build_info = Gauge(
+            "payment_build_info",
+            "Always 1; what runs.",
+            ("version", "python"),
+            registry=registry,
+        )
+        build_info.labels(__version__, platform.python_version()).set(1)
 
-def announce(*, debits: Iterable[str], replays: Iterable[str]) -> None:
-    """Show each outcome from the start, with 0: the first of what was not there is no increase."""
-    for outcome in debits:
-        DEBITS.labels(outcome)
-    for outcome in replays:
-        REPLAYS.labels(outcome)
+    def count_debit(self, outcome: str, amount: int, *, replayed: bool) -> None:
+        """Count the response to a debit; `amount` is in minor units, 0 if nobody was charged."""
+        if replayed:
+            self._replays.labels(outcome).inc()
+            return
+        self._debits.labels(outcome).inc()
+        self._amount_debited.inc(amount)
 
+    # A counter that appears with its first event shows no increase, so alerts would miss it.
 
-def announce_failures(method: str, route: str, statuses: Iterable[int]) -> None:
-    """Show the statuses with which a route fails from the start, with 0."""
-    for status in statuses:
-        if status >= 500:
-            REQUEST_SECONDS.labels(method, route, str(status))
+    def announce_debits(self, outcomes: Iterable[str], replayed_outcomes: Iterable[str]) -> None:
+        """Show each outcome of a debit from the start, with 0."""
+        for outcome in outcomes:
+            self._debits.labels(outcome)
+        for outcome in replayed_outcomes:
+            self._replays.labels(outcome)
 
+    def announce_failures(self, method: str, route: str, statuses: Iterable[int]) -> None:
+        """Show the statuses with which a route fails from the start, with 0."""
+        for status in statuses:
+            if status >= 500:
+                self.request_seconds.labels(method, route, str(status))
 
-def announce_failing_call(dependency: str, operation: str, outcome: str) -> None:
-    """Show a failure of calls to a dependency from the start, with 0."""
-    CALL_SECONDS.labels(dependency, operation, outcome)
+    def announce_failing_call(self, dependency: str, operation: str, outcome: str) -> None:
+        """Show a failure of calls to a dependency from the start, with 0."""
+        self.call_seconds.labels(dependency, operation, outcome)
 
-
-def render() -> bytes:
-    """Write all metrics in Prometheus' text format."""
-    return generate_latest(REGISTRY)
+    def render(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -15,7 +15,7 @@ EXPORT_TIMEOUT_SECONDS = 2.0  # a collector that is gone holds up the process's 
 
 
 @contextmanager
-def exported_traces(endpoint: str) -> Iterator[None]:
+def spans_sent_to(endpoint: str) -> Iterator[None]:
     """Send spans from a thread of their own, in batches, until the block ends.
 
     OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER and the others of

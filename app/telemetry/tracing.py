@@ -7,10 +7,9 @@ are spans of the same trace.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import Context, ContextVar
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import Context
 from time import monotonic, perf_counter
-from typing import NamedTuple
 
 import httpx
 from opentelemetry import context, trace
@@ -18,8 +17,10 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.environment.libraries import building, check_trace_variables, trace_variables
 from app.errors import PaymentError
-from app.telemetry import metrics
+from app.telemetry.metrics import Metrics
+from app.telemetry.requests import RequestRecord, request_now
 
 NO_CONTEXT = context.Context()
 TRACES_PER_SECOND_MAX = 100
@@ -30,20 +31,28 @@ TRACEPARENT = re.compile(
 )
 
 
-class RequestIds(NamedTuple):
-    """What the log and the dependencies are told of the request under way."""
-
-    request_id: str
-    traceparent: str | None
-
-    @property
-    def trace_id(self) -> str | None:
-        return self.traceparent and self.traceparent[3:35]
-
-
-request_now: ContextVar[RequestIds | None] = ContextVar("request_now", default=None)
 _tracer = trace.get_tracer(__name__)  # makes nothing until there is somewhere to send it
 _propagator = TraceContextTextMapPropagator()
+
+
+@contextmanager
+def exported_traces(endpoint: str | None) -> Iterator[None]:
+    """Send spans to a collector until the block ends; without an endpoint there are none.
+
+    Raises:
+        SettingsError: OpenTelemetry's own variables are wrong.
+    """
+    if endpoint is None:
+        yield
+        return
+    check_trace_variables()
+    with ExitStack() as stack:
+        with building("the exporter of traces", *trace_variables()):
+            # Without traces their libraries take neither time nor memory.
+            from app.telemetry.trace_export import spans_sent_to  # noqa: PLC0415
+
+            stack.enter_context(spans_sent_to(endpoint))
+        yield
 
 
 class RequestSpans:
@@ -60,7 +69,7 @@ class RequestSpans:
         self._counted_at = monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and is_exporting():
             traceparent = read_traceparent(dict(scope["headers"]))
             is_wanted = traceparent is None or is_traced(traceparent)
             if is_wanted and self._may_begin():
@@ -89,7 +98,7 @@ class RequestSpans:
             record_exception=False,
         ) as span:
 
-            async def send_and_note_status(message: Message) -> None:
+            async def send_and_record_status(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     span.set_attribute("http.response.status_code", message["status"])
                     if message["status"] >= 500:
@@ -97,10 +106,11 @@ class RequestSpans:
                 await send(message)
 
             state = scope.setdefault("state", {})
-            _propagator.inject(state)  # as "traceparent", which the log tells too
-            await self._app(scope, receive, send_and_note_status)
-            span.update_name(f"{method} {state['route']}")
-            span.set_attribute("http.route", state["route"])
+            _propagator.inject(state)  # as "traceparent", which the request's record takes over
+            await self._app(scope, receive, send_and_record_status)
+            record: RequestRecord = state["record"]
+            span.update_name(f"{method} {record.route}")
+            span.set_attribute("http.route", record.route)
 
 
 def read_traceparent(headers: Mapping[bytes, bytes]) -> str | None:
@@ -117,13 +127,13 @@ def is_traced(traceparent: str) -> bool:
 async def pass_on_traceparent(request: httpx.Request) -> None:
     """Put the trace context on a call to a dependency; a hook for httpx."""
     _propagator.inject(request.headers)
-    ids = request_now.get()
-    if ids and ids.traceparent:
-        request.headers.setdefault("traceparent", ids.traceparent)
+    record = request_now.get()
+    if record and record.traceparent:
+        request.headers.setdefault("traceparent", record.traceparent)
 
 
 @contextmanager
-def dependency_call(dependency: str, operation: str) -> Iterator[None]:
+def dependency_call(metrics: Metrics, dependency: str, operation: str) -> Iterator[None]:
     """Count, time and trace a call; its outcome is "ok" or the code of the problem raised."""
     outcome = FAILED
     started = perf_counter()
@@ -144,17 +154,22 @@ def dependency_call(dependency: str, operation: str) -> Iterator[None]:
         raise
     finally:
         seconds = perf_counter() - started
-        metrics.CALL_SECONDS.labels(dependency, operation, outcome).observe(seconds)
+        metrics.call_seconds.labels(dependency, operation, outcome).observe(seconds)
 
 
-def act_for(requests: Sequence[Context]) -> None:
+def is_exporting() -> bool:
+    """Tell whether there is a collector to which spans are sent."""
+    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
+
+
+def use_context_of(requests: Sequence[Context]) -> None:
     """Log and trace what follows in this context as done for a request: the first that is traced.
 
     The others' traces lead there by links, since a span has one parent only
     (https://opentelemetry.io/docs/concepts/signals/traces/#span-links).
     """
     holder = requests[0]
-    if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+    if is_exporting():
         spans = [request.run(trace.get_current_span) for request in requests]
         traced = [number for number, span in enumerate(spans) if span.is_recording()]
         for number in traced[1:]:

@@ -24,7 +24,7 @@ from programs import find_program
 from servers import make_settings, served
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.main import PaymentService
+from app.main import create_app
 from devstack.postgres import apply_seed, database_url
 
 # A browser uses the whole machine. On a busy one it may stop drawing, and Playwright's click waits
@@ -235,9 +235,7 @@ class RemovesPrefix:
 def test_the_pages_work_under_a_prefix_that_a_proxy_removes(
     watch: Watch, gateway_url: str, products_url: str, root_path: str
 ) -> None:
-    service = PaymentService(
-        make_settings(supabase_url=gateway_url, products_service_url=products_url)
-    )
+    service = create_app(make_settings(supabase_url=gateway_url, products_service_url=products_url))
     with (
         served(RemovesPrefix(service), root_path) as url,
         httpx.Client(base_url=url) as client,

@@ -23,7 +23,7 @@ from database import Database, locked
 from servers import await_true, free_port, make_settings, measured, served, service_process
 from timing import assert_below, repeated_if_too_slow
 
-from app.main import PaymentService
+from app.main import create_app
 from app.settings import Settings
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
@@ -154,7 +154,7 @@ def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
     settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
-    with served(PaymentService(settings)) as url, connect(url) as service:
+    with served(create_app(settings)) as url, connect(url) as service:
         port = int(url.rsplit(":", 1)[1])
         with (
             locked(migrated_port, user_id),
@@ -208,7 +208,7 @@ def test_an_exhausted_pool_of_the_gateway_loses_nothing(
     )
     with served(gateway) as gateway_url, ThreadPoolExecutor(12) as clients:
         settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
-        with served(PaymentService(settings)) as url, connect(url) as service:
+        with served(create_app(settings)) as url, connect(url) as service:
             with locked(migrated_port, users[0]):
                 answers = [
                     clients.submit(post_debit, service, user, item_id, "key") for user in users
@@ -271,7 +271,7 @@ def test_debits_while_postgres_goes_down_and_comes_back_are_told_truly(
     with (
         served(gateway) as gateway_url,
         served(create_products(database_url(port))) as products_url,
-        served(PaymentService(settings_of(gateway_url, products_url))) as url,
+        served(create_app(settings_of(gateway_url, products_url))) as url,
         connect(url) as service,
         ThreadPoolExecutor(8) as clients,
     ):

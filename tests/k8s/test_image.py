@@ -10,7 +10,7 @@ from pathlib import Path
 
 from servers import free_port, make_settings, served
 
-from app.main import PaymentService
+from app.main import create_app
 from app.server.server import make_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -161,7 +161,7 @@ def test_the_command_is_in_exec_form_and_serves_the_exposed_port() -> None:
 
 
 def test_the_server_outlives_proxies_connections_and_ends_before_the_pod_is_killed() -> None:
-    config = make_config(PaymentService())
+    config = make_config(create_app())
     assert config.timeout_graceful_shutdown == 20
     assert config.timeout_keep_alive > 60  # which is how long proxies keep a connection
     assert (config.server_header, config.access_log, config.workers) == (False, False, 1)
@@ -174,12 +174,12 @@ def test_the_health_check_asks_the_exposed_port() -> None:
 
 
 def test_the_health_check_needs_only_python_and_no_proxy() -> None:
-    with served(PaymentService(make_settings())) as url:
+    with served(create_app(make_settings())) as url:
         assert check_health(url) == 0
 
 
 def test_the_health_check_fails_when_the_answer_is_an_error() -> None:
-    with served(PaymentService(make_settings())) as url:
+    with served(create_app(make_settings())) as url:
         assert check_health(f"{url}/no-such-route") != 0
 
 

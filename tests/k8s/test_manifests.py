@@ -13,7 +13,7 @@ import pytest
 import yaml
 from servers import make_settings
 
-from app.main import PaymentService
+from app.main import create_app
 from app.server.server import GRACEFUL_SHUTDOWN_SECONDS_MAX
 from app.settings import Settings
 
@@ -166,7 +166,7 @@ def test_the_service_finds_the_pods_on_the_port_of_the_image() -> None:
 )
 def test_probes_ask_routes_that_exist(probe: str, path: str) -> None:
     assert CONTAINER[probe]["httpGet"] == {"path": path, "port": "http"}
-    assert "get" in PaymentService().openapi()["paths"][path]
+    assert "get" in create_app().openapi()["paths"][path]
 
 
 @pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe"])

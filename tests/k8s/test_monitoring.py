@@ -142,7 +142,7 @@ def test_a_query_asks_for_series_and_labels_that_the_service_shows(
 
 def test_the_dependencies_in_queries_are_those_of_the_code() -> None:
     code = "".join(path.read_text() for path in (ROOT / "app").rglob("*.py"))
-    called = set(re.findall(r'dependency_call\("(\w+)"', code))
+    called = set(re.findall(r'dependency_call\(self\._metrics, "(\w+)"', code))
     asked = {value for _, query in QUERIES for value in re.findall(r'dependency="(\w+)"', query)}
     assert asked
     assert asked <= called

@@ -12,7 +12,7 @@ import yaml
 from programs import find_program
 from servers import make_settings
 
-from app.main import PaymentService
+from app.main import create_app
 from app.settings import Settings
 
 ROOT = Path(__file__).parent.parent.parent
@@ -154,7 +154,7 @@ def test_only_what_callers_need_is_open_to_the_world(objects: dict[str, dict[str
             path.startswith(f"{prefix}/") for prefix, kind in opened.items() if kind == "Prefix"
         )
 
-    app = PaymentService()
+    app = create_app()
     paths = {*app.openapi()["paths"], *(getattr(route, "path", "") for route in app.routes)}
     assert {path for path in paths if not is_open(path)} == {"/health", "/ready", "/metrics"}
     for prefix in opened:

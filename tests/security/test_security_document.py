@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 from database import Database
 
-from app.api import requests
+from app.api import middleware, requests
 from app.auth.issuer_keys import KEYS_BYTES_MAX
 from app.ledger import user_limits
-from app.main import LEDGER_RESPONSE_BYTES_MAX
+from app.ledger.client import RESPONSE_BYTES_MAX as LEDGER_RESPONSE_BYTES_MAX
 from app.products.client import ITEM_BYTES_MAX
-from app.server import protocol as http_protocol
-from app.telemetry import middleware as observability
+from app.server import protocol
 from app.telemetry import tracing
 
 ROOT = Path(__file__).parents[2]
@@ -20,20 +19,19 @@ TEXT = (ROOT / "docs" / "security.md").read_text()
 KIB = 1024
 
 LIMITS = {
-    "request line and headers": f"{http_protocol.HEAD_BYTES_MAX // KIB} KiB, "
-    f"{http_protocol.HEADERS_MAX} headers, {http_protocol.HEAD_SECONDS_MAX:.0f} s",
-    "address": f"{http_protocol.ESCAPES_MAX:,} percent-encoded characters",
-    "query": f"{observability.QUERY_BYTES_MAX // KIB} KiB, "
-    f"{observability.PARAMETERS_MAX} parameters",
+    "request line and headers": f"{protocol.HEAD_BYTES_MAX // KIB} KiB, "
+    f"{protocol.HEADERS_MAX} headers, {protocol.HEAD_SECONDS_MAX:.0f} s",
+    "address": f"{protocol.ESCAPES_MAX:,} percent-encoded characters",
+    "query": f"{middleware.QUERY_BYTES_MAX // KIB} KiB, {middleware.PARAMETERS_MAX} parameters",
     "body": f"{requests.BODY_BYTES_MAX // KIB} KiB, {requests.BODY_SECONDS_MAX:.0f} s, "
     f"{requests.FIELDS_MAX} fields",
-    "trailers of a chunked body": f"{http_protocol.HEAD_BYTES_MAX // KIB} KiB, "
-    f"{http_protocol.HEADERS_MAX}; they are ignored",
-    "pipelined requests": f"{http_protocol.PIPELINED_MAX}, then the service stops reading",
-    "responses that the caller does not read": f"{http_protocol.WRITE_SECONDS_MAX:.0f} s without "
+    "trailers of a chunked body": f"{protocol.HEAD_BYTES_MAX // KIB} KiB, "
+    f"{protocol.HEADERS_MAX}; they are ignored",
+    "pipelined requests": f"{protocol.PIPELINED_MAX}, then the service stops reading",
+    "responses that the caller does not read": f"{protocol.WRITE_SECONDS_MAX:.0f} s without "
     "progress",
-    "connections": f"{http_protocol.CONNECTIONS_MAX:,}, and "
-    f"{http_protocol.RESERVED_CONNECTIONS_MAX} more for probes",
+    "connections": f"{protocol.CONNECTIONS_MAX:,}, and "
+    f"{protocol.RESERVED_CONNECTIONS_MAX} more for probes",
     "debits of one user that wait": f"{user_limits.WAITING_OF_USER_MAX}",
     "debits that wait": "`DEBITS_WAITING_MAX`",
     "traces": f"{tracing.TRACES_PER_SECOND_MAX} a second",

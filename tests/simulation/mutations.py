@@ -47,12 +47,12 @@ FORMER_FAULTS = (
         "                if not await repeats.again_after(failure):\n",
         "calls",
     ),
-    Mutation("XX000 means not charged", "ledger/client.py", ', "XX000")', ")", "rejections"),
+    Mutation("XX000 means not charged", "ledger/failures.py", ', "XX000")', ")", "rejections"),
     Mutation(
         "whatever is replayed after a lost response is this request's own",
         "ledger/client.py",
-        "                return await self._ask(sent, deadline)\n",
-        "                outcome = await self._ask(sent, deadline)\n"
+        "                return await self._debit_once(sent, deadline)\n",
+        "                outcome = await self._debit_once(sent, deadline)\n"
         "                if repeats.perhaps_done:\n"
         '                    return outcome.model_copy(update={"replayed": False})\n'
         "                return outcome\n",
@@ -65,10 +65,10 @@ FORMER_FAULTS = (
         "deadline, read_found)",
         "lookup-waits",
     ),
-    Mutation("25P02 is told as rejected", "ledger/client.py", '    "25P02",\n', "", "rejections"),
+    Mutation("25P02 is told as rejected", "ledger/failures.py", '    "25P02",\n', "", "rejections"),
     Mutation(
         'what was certainly "not done" is repeated once',
-        "ledger/client.py",
+        "ledger/repeats.py",
         "        self._calls += 1\n",
         "        self._calls += 1\n"
         "        if self._calls > 1 and isinstance(failure, LedgerUnavailable):\n"
@@ -79,16 +79,16 @@ FORMER_FAULTS = (
 OTHER_MISTAKES = (
     Mutation(
         "a broken connection means not charged",
-        "ledger/client.py",
-        "    if not isinstance(error, APIError):\n        return OutcomeUnknown\n",
-        "    if not isinstance(error, APIError):\n        return LedgerUnavailable\n",
+        "ledger/failures.py",
+        "        return OutcomeUnknown if was_sent(error) else LedgerUnavailable\n",
+        "        return LedgerUnavailable\n",
         "answers",
     ),
     Mutation(
         "each call has a new key",
-        "ledger/client.py",
+        "ledger/outcomes.py",
         '"idempotency_key_input": sent.key,',
-        '"idempotency_key_input": f"{sent.key} {random.random()}",',
+        '"idempotency_key_input": f"{sent.key} {id(object())}",',
         "charges",
     ),
     Mutation(

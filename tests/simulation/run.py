@@ -10,14 +10,13 @@ from typing import Any, cast
 
 from supabase import AsyncClient
 
-from app.api.schemas import DebitRequest
 from app.errors import OutcomeUnknown
 from app.ledger.client import Ledger
 from app.ledger.group_commit import GroupCommit
-from app.ledger.outcomes import Debited, Outcome
+from app.ledger.outcomes import Debit, Debited, Outcome
 from app.payments.debits import Debits
 from app.products.client import Products
-from app.telemetry import metrics
+from app.telemetry.metrics import Metrics
 from simulation import failures
 from simulation.database import Database
 from simulation.gateway import Gateway
@@ -91,6 +90,7 @@ class _Runner:
         self._gateway = Gateway(schedule, self._database, pause.begin, self._loop.note)
         self._run = Run(schedule, self._database, self._gateway, self._loop.trace)
         self._pause = pause
+        self._metrics = Metrics()
 
     def run(self) -> Run:
         try:
@@ -130,23 +130,20 @@ class _Runner:
 
     def _make_service(self) -> Debits:
         supabase = cast("AsyncClient", self._gateway)
-        ledger = Ledger(supabase, self._pause)
+        ledger = Ledger(supabase, self._metrics, self._pause)
         products = SimulatedProducts(self._database.products, self._schedule.products_outages)
         return Debits(
             cast("Products", products),
             ledger,
-            GroupCommit(ledger, batch_size_max=self._schedule.batch_size_max),
+            GroupCommit(ledger, self._metrics, batch_size_max=self._schedule.batch_size_max),
+            self._metrics,
             waiting_max=self._schedule.waiting_max,
             timeout_seconds=self._schedule.timeout_seconds,
         )
 
     async def _send(self, purchase: Purchase, arrival: float) -> None:
         await asyncio.sleep(arrival)
-        debit = DebitRequest.model_construct(
-            user_id=purchase.user_id,
-            item_id=purchase.item_id,
-            expected_price=purchase.expected_price,
-        )
+        debit = Debit(purchase.user_id, purchase.item_id, purchase.expected_price)
         started_at = self._loop.time()
         self._loop.note(
             f"purchase {purchase.number} of {purchase.product} by user {purchase.user_id}"
@@ -231,9 +228,11 @@ class _Runner:
         left = [task for task in asyncio.all_tasks() if task not in own]
         found = self._run.faults_seen
         found += [f"left running: {task.get_coro()}" for task in left]
-        for gauge in (metrics.LANE_DEPTH, metrics.WAITING):
-            samples = [one for family in gauge.collect() for one in family.samples]
-            found += [f"not drained: {one.name} {one.value}" for one in samples if one.value]
+        for gauge in (self._metrics.lane_depth, self._metrics.waiting):
+            samples = [sample for family in gauge.collect() for sample in family.samples]
+            found += [
+                f"not drained: {sample.name} {sample.value}" for sample in samples if sample.value
+            ]
 
 
 def describe(result: object) -> str:

@@ -11,7 +11,7 @@ from postgrest.exceptions import APIError
 
 from app import errors
 from app.errors import PROBLEMS, LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
-from app.ledger.client import classify_failure
+from app.ledger.failures import classify_failure
 from app.ledger.outcomes import OUTCOME_ERRORS
 from devstack.postgres import SUPABASE_DIRECTORY
 

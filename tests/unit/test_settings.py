@@ -10,11 +10,12 @@ import jwt
 import pytest
 from servers import make_settings
 
+from app.environment.variables import SettingsError
 from app.settings import (
     Settings,
-    SettingsError,
     load_settings,
-    warn_of_doubtful_settings,
+    warn_of_risks,
+    warn_of_unknown_names,
 )
 from devstack.keys import ANON_KEY
 
@@ -310,7 +311,8 @@ def test_a_name_that_looks_like_a_setting_is_a_warning(
         (tmp_path / ".env").write_text(f"{name}=hidden\n")
     else:
         monkeypatch.setenv(name, "hidden")
-    warn_of_doubtful_settings(load_settings())
+    load_settings()
+    warn_of_unknown_names()
     told = [line for line in caplog.messages if line.startswith(f"{name} ")]
     assert [line.endswith(f"; is {meant} meant?") for line in told] == ([True] if meant else [])
     assert "hidden" not in caplog.text
@@ -321,7 +323,7 @@ def test_the_key_in_clear_is_a_warning_but_not_on_this_machine(
 ) -> None:
     for address, warned in (("http://localhost:54321", False), ("http://kong:8000", True)):
         monkeypatch.setenv("SUPABASE_URL", address)
-        warn_of_doubtful_settings(load_settings())
+        warn_of_risks(load_settings())
         assert ("SUPABASE_URL begins with http://" in caplog.text) is warned
 
 

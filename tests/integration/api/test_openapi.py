@@ -11,13 +11,13 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from app.api.schemas import BIGINT_MAX
-from app.main import PaymentService
+from app.main import create_app
 from devstack.postgres import apply_seed, database_url
 
 KEY_HEADER = "Idempotency-Key"
 OPERATIONS = [
     (path, method)
-    for path, methods in PaymentService().openapi()["paths"].items()
+    for path, methods in create_app().openapi()["paths"].items()
     for method in methods
 ]
 
@@ -87,7 +87,7 @@ def test_the_examples_of_the_document_work_on_the_seed(
 
 
 def test_every_refusal_that_is_documented_is_a_problem() -> None:
-    document = PaymentService().openapi()
+    document = create_app().openapi()
     assert (
         set(document["components"]["schemas"]) & {"HTTPValidationError", "ValidationError"} == set()
     )

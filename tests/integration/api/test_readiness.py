@@ -8,6 +8,7 @@ from issuer import LET_IN, Issuer, Start, ask, code, make_token, start
 from servers import await_true
 
 from app.api.readiness import Readiness
+from app.telemetry.metrics import Metrics
 
 
 def is_ready(service: httpx.Client) -> bool:
@@ -58,7 +59,7 @@ def test_a_fault_of_a_check_is_logged_and_the_check_repeated(
         if fault := faults.pop(0):
             raise fault
 
-    readiness = Readiness()
+    readiness = Readiness(Metrics())
     asyncio.run(readiness.await_dependencies(check))
     assert readiness.status == "ready"
     assert faults == []

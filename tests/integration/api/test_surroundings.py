@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from app.api.schemas import Payment
 from app.errors import PROBLEMS
-from app.main import PaymentService
+from app.main import create_app
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
 from devstack.postgres import database_url
@@ -119,7 +119,7 @@ def test_the_catalogue_explains_every_code(service: httpx.Client) -> None:
 @pytest.fixture(scope="module")
 def broken_service() -> Iterator[httpx.Client]:
     """A service with a bug in a route."""
-    service = PaymentService(make_settings())
+    service = create_app(make_settings())
 
     async def fail(request: Request) -> None:
         del request

@@ -19,6 +19,7 @@ from app.auth.authentication import Authentication
 from app.auth.issuer_keys import KEYS_BYTES_MAX, KEYS_TIMEOUT_SECONDS, IssuerKeys
 from app.errors import AuthenticationUnavailable
 from app.http_client.client import http_client
+from app.telemetry.metrics import Metrics
 
 
 class HeldIssuer(Issuer):
@@ -124,7 +125,7 @@ async def opened(url: str, **limits: Any) -> AsyncIterator[IssuerKeys]:
     """Make a client of the issuer."""
     client = http_client("AUTH_JWKS_URL", url, timeout_seconds=2, response_bytes_max=KEYS_BYTES_MAX)
     async with client:
-        keys = IssuerKeys(client, url, **limits)
+        keys = IssuerKeys(client, url, Metrics(), **limits)
         yield keys
         await keys.close()
 

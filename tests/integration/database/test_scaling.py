@@ -20,7 +20,7 @@ from psycopg.types.json import Jsonb
 from servers import free_port
 
 from app.errors import LedgerUnavailable
-from app.ledger.client import classify_failure
+from app.ledger.failures import classify_failure
 from devstack.postgres import apply_migrations, database_url, running_postgres
 from devstack.programs import POSTGRES_BIN_PATH
 from devstack.server_account import server_account

@@ -11,6 +11,7 @@ from supabase import AsyncClient, AsyncClientOptions
 from app.http_client.client import http_client
 from app.ledger.client import REMOVED_ROWS_MAX, Ledger
 from app.ledger.generated_declines import remove_generated_declines
+from app.telemetry.metrics import Metrics
 
 
 def count_declines(database: Database, user_id: int) -> int:
@@ -31,7 +32,8 @@ async def remove_all(gateway_url: str) -> str:
                 gateway_url,
                 settings.supabase_key.get_secret_value(),
                 AsyncClientOptions(httpx_client=client),
-            )
+            ),
+            Metrics(),
         )
         await remove_generated_declines(ledger)
         return ledger.last_state

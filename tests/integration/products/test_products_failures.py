@@ -20,6 +20,7 @@ from app.errors import ItemNotFound, ProductsUnavailable
 from app.http_client.client import http_client
 from app.http_client.failures import FailureLog
 from app.products.client import ITEM_BYTES_MAX, Products
+from app.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.alone
 
@@ -58,7 +59,7 @@ async def opened(url: str, cache_seconds: float = 30, **limits: Any) -> AsyncIte
         "PRODUCTS_SERVICE_URL", url, timeout_seconds=2, response_bytes_max=ITEM_BYTES_MAX
     )
     async with client:
-        products = Products(client, cache_seconds, **(times | limits))
+        products = Products(client, Metrics(), cache_seconds, **(times | limits))
         yield products
         await products.close()
 

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from servers import RawServer, await_true, service_process
 
 from app import __version__
-from app.api.routes import DEBIT_PROBLEMS
+from app.api.payments import DEBIT_PROBLEMS
 from app.ledger.outcomes import OUTCOME_ERRORS
 
 Samples = dict[tuple[str, ...], float]

@@ -10,12 +10,12 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from app.api.schemas import DebitRequest
 from app.errors import LedgerUnavailable
 from app.http_client.retry_after import Pause
-from app.ledger.client import Ledger, write_debit
+from app.ledger.client import Ledger
 from app.ledger.group_commit import LANES, GroupCommit, Waiting
-from app.ledger.outcomes import Debited, KeyedDebit, Outcome
+from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, write_debit
+from app.telemetry.metrics import Metrics
 
 ITEM = uuid4()
 
@@ -47,10 +47,10 @@ class FakeLedger:
 
 
 def keyed(user_id: int, key: str) -> KeyedDebit:
-    return KeyedDebit(DebitRequest(user_id=user_id, item_id=ITEM), key, str(uuid4()))
+    return KeyedDebit(Debit(user_id, ITEM), key, str(uuid4()))
 
 
-def debited(debit: DebitRequest) -> Debited:
+def debited(debit: Debit) -> Debited:
     return Debited(
         user_id=debit.user_id,
         new_balance=0,
@@ -69,7 +69,7 @@ class Lane:
 
     async def begin(self, seconds: float) -> None:
         self.ledger = FakeLedger()
-        self.group_commit = GroupCommit(cast("Ledger", self.ledger), batch_size_max=64)
+        self.group_commit = GroupCommit(cast("Ledger", self.ledger), Metrics(), batch_size_max=64)
         self.deadline = asyncio.get_running_loop().time() + seconds
         first = self.debit(LANES, "first", self.deadline + 5)
         await asyncio.sleep(0)
@@ -104,7 +104,7 @@ def test_who_is_told_not_charged_when_a_row_was_held_is_not_charged_afterwards()
 def test_what_comes_after_its_deadline_is_never_sent() -> None:
     async def come_late() -> None:
         ledger = FakeLedger()
-        group_commit = GroupCommit(cast("Ledger", ledger), batch_size_max=64)
+        group_commit = GroupCommit(cast("Ledger", ledger), Metrics(), batch_size_max=64)
         late = asyncio.get_running_loop().time() - 0.001
         with pytest.raises(LedgerUnavailable):
             await group_commit.debit(keyed(1, "late"), late)
@@ -137,7 +137,7 @@ def test_a_debit_takes_as_many_bytes_of_a_request_as_it_is_counted_for(
     key: str | None, price: int | None, actor: str | None, user_id: int
 ) -> None:
     attempt = str(uuid4())
-    debit = DebitRequest(user_id=user_id, item_id=ITEM, expected_price=price)
+    debit = Debit(user_id, ITEM, price)
     sent = KeyedDebit(debit, key or attempt, attempt, actor)
     written = json.dumps(write_debit(sent), separators=(",", ":"))
 

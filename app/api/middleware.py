@@ -1,0 +1,140 @@
+"""Middleware around all routes: ids, headers, and a response to every request, also to a bug."""
+
+import asyncio
+import logging
+import random
+import re
+from time import perf_counter
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.cors import AllowOrigins
+from app.api.problems import problem_response
+from app.api.state import Services, state_of
+from app.errors import InternalError, InvalidRequest
+from app.telemetry.requests import (
+    CLIENT_CLOSED_REQUEST,
+    CUT_OFF,
+    RequestRecord,
+    request_now,
+)
+from app.telemetry.tracing import read_traceparent
+
+REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+RESPONSE_HEADERS = (
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+)
+QUERY_BYTES_MAX = 2 * 1024  # a key of 255 characters takes 765 when it is percent-encoded
+PARAMETERS_MAX = 20
+CLIENT_CLOSED_REQUEST_STATUS = 499  # as nginx logs it
+CUT_OFF_DETAIL = "The service stopped before the request was finished"
+
+logger = logging.getLogger(__name__)
+
+
+class RequestMiddleware:
+    """Gives each request its id and its record, responds if nothing else does, and records it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        # Outside of the responses that are made here, so that browsers show these too.
+        self._respond_to_origins = AllowOrigins(self._respond)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = perf_counter()
+        state = state_of(scope)
+        services = state.get("services")
+        record = _make_record(scope)
+        state["record"] = record
+        request_now.set(record)
+        send = _with_headers(send, record, services)
+        method = scope["method"]
+        if method == "HEAD":  # like GET; the server leaves out the body
+            scope = {**scope, "method": "GET"}
+        try:
+            await self._respond_to_origins(scope, receive, send)
+        except ClientDisconnect:
+            record.status = CLIENT_CLOSED_REQUEST_STATUS
+            record.code = CLIENT_CLOSED_REQUEST
+        except asyncio.CancelledError:  # the server stops and waits no longer
+            record.code = CUT_OFF
+            if not record.status:
+                response = problem_response(InternalError(CUT_OFF_DETAIL), record.request_id)
+                await response(scope, receive, send)
+        record.route = _route_of(scope)
+        if services:
+            services.recorder.record(record, method, perf_counter() - started)
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = state_of(scope)
+        record = state["record"]
+        try:
+            # The server could not read the request, or reading its query would take long.
+            refusal = state.get("refusal") or _find_fault_of_query(scope["query_string"])
+            if refusal:
+                record.code = refusal.code
+                await problem_response(refusal, record.request_id)(scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
+        except ClientDisconnect:
+            raise
+        except Exception:  # the last line of defence: a bug still gets a response
+            logger.exception("request failed")
+            record.code = InternalError.code
+            if not record.status:
+                response = problem_response(InternalError(), record.request_id)
+                await response(scope, receive, send)
+
+
+def _route_of(scope: Scope) -> str:
+    """Return the path of the route with names for its parameters; what was sent has no end."""
+    endpoint = scope.get("endpoint")
+    if endpoint is not None:
+        for route in scope["app"].routes:
+            # A mount has an application in place of an endpoint.
+            if endpoint in (getattr(route, "endpoint", None), getattr(route, "app", None)):
+                return str(route.path)
+    return "unmatched"
+
+
+def _with_headers(send: Send, record: RequestRecord, services: Services | None) -> Send:
+    """Add the headers that every response has, and note its status."""
+    request_id = (b"x-request-id", record.request_id.encode())
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            record.status = message["status"]
+            headers = message["headers"]
+            if not any(name == b"cache-control" for name, _ in headers):
+                headers = [*headers, *RESPONSE_HEADERS]
+            if services and services.readiness.status == "stopping":
+                headers = [*headers, (b"connection", b"close")]
+            message["headers"] = [*headers, request_id]
+        await send(message)
+
+    return send_with_headers
+
+
+def _make_record(scope: Scope) -> RequestRecord:
+    """Take the ids that the caller sent, if they are fit to use."""
+    headers = dict(scope["headers"])
+    request_id = headers.get(b"x-request-id", b"")
+    if not REQUEST_ID.fullmatch(request_id):
+        request_id = b"%032x" % random.getrandbits(128)
+    # The span of the request, if it is traced, continues the caller's trace.
+    traceparent = scope["state"].get("traceparent") or read_traceparent(headers)
+    return RequestRecord(request_id.decode(), traceparent)
+
+
+def _find_fault_of_query(query: bytes) -> InvalidRequest | None:
+    """Return the problem of a query that is longer than any documented one."""
+    if len(query) > QUERY_BYTES_MAX:
+        return InvalidRequest(f"The query is longer than {QUERY_BYTES_MAX} bytes", errors=[])
+    if query.count(b"&") >= PARAMETERS_MAX:
+        return InvalidRequest(f"The query has more than {PARAMETERS_MAX} parameters", errors=[])
+    return None

@@ -1,0 +1,147 @@
+"""Routes of payments: charge a user, and look up what became of it."""
+
+from typing import Annotated
+
+from fastapi import FastAPI, Query
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app import errors
+from app.api.openapi import (
+    KEY_HEADER,
+    OUTCOME_KEY_HEADER,
+    REPLAYED_HEADER,
+    json_content,
+    problem_responses,
+)
+from app.api.problems import REPLAYED
+from app.api.requests import authenticate, read_debit, read_key, read_outcome_key
+from app.api.responses import DirectRoute, json_response
+from app.api.schemas import DebitRequest, DeclinedPayment, IdempotencyKey, Payment, UserId
+from app.api.state import state_of
+from app.ledger.outcomes import OUTCOME_ERRORS, Debited
+from app.telemetry.metrics import Metrics
+
+TOKEN_PROBLEMS = (
+    errors.Unauthenticated,
+    errors.Forbidden,
+    errors.AuthenticationUnavailable,
+)
+DEBIT_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
+    errors.InvalidRequest,
+    errors.RequestTooLarge,
+    errors.RequestTimeout,
+    errors.UnsupportedEncoding,
+    *TOKEN_PROBLEMS,
+    *OUTCOME_ERRORS.values(),
+    errors.ProductsUnavailable,
+    errors.LedgerUnavailable,
+    errors.Overloaded,
+    errors.OutcomeUnknown,
+    errors.LedgerRejected,
+    errors.InternalError,
+)
+OUTCOME_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
+    errors.InvalidRequest,
+    *TOKEN_PROBLEMS,
+    errors.PaymentNotFound,
+    errors.IdempotencyKeyReused,
+    errors.LedgerUnavailable,
+    errors.InternalError,
+)
+
+
+async def post_debit(request: Request) -> Response:
+    """Charge the user the item's price, once for each `Idempotency-Key`.
+
+    Send the same key again after a lost answer: the user is not charged twice, and the first
+    answer comes again. The item must be for sale by the products service and by the ledger. The
+    price charged is the ledger's at that moment; `expected_price` makes the debit fail rather than
+    charge another.
+    """
+    state = state_of(request.scope)
+    record = state["record"]
+    record.operation = "debit"
+    services = state["services"]
+    debit = await read_debit(request)
+    key = read_key(request)
+    deadline = services.debits.deadline()
+    caller = await authenticate(request, services.authentication, deadline)
+    debited = await services.debits.debit_user_for_item(debit, key, deadline, caller)
+    record.code = debited.outcome
+    record.amount = debited.amount
+    record.replayed = debited.replayed
+    headers = REPLAYED if debited.replayed else None
+    return json_response(Payment.model_validate(debited), headers=headers)
+
+
+async def get_outcome(
+    request: Request,
+    user_id: Annotated[UserId, Query()],
+    idempotency_key: Annotated[IdempotencyKey | None, Query()] = None,
+) -> Response:
+    """Was this user charged? For a caller who has lost the answer; reads only.
+
+    Answers what the debit under this key answered: the payment, or the code of its decline. The key
+    is in the header `Idempotency-Key` or in the query; only a query ends up in logs of proxies.
+    """
+    services = state_of(request.scope)["services"]
+    key = read_outcome_key(request, idempotency_key)
+    deadline = services.debits.deadline()
+    caller = await authenticate(request, services.authentication, deadline)
+    outcome = await services.debits.find_outcome(user_id, key, deadline, caller)
+    if outcome is None:
+        raise errors.PaymentNotFound
+    if isinstance(outcome, Debited):
+        return json_response(Payment.model_validate(outcome))
+    return json_response(DeclinedPayment(outcome=outcome.outcome))
+
+
+def add_payment_routes(app: FastAPI) -> None:
+    """Add the routes of this module to the application."""
+    app.router.add_api_route(
+        "/payments/debit",
+        post_debit,
+        methods=["POST"],
+        route_class_override=DirectRoute,
+        operation_id="debit_payment_payments_debit_post",
+        summary="Charge a user for an item",
+        response_description="The user was charged.",
+        response_model=None,
+        responses={
+            200: {
+                "content": json_content(Payment),
+                "headers": {"Idempotent-Replayed": REPLAYED_HEADER},
+            },
+            **problem_responses(*DEBIT_PROBLEMS),
+        },
+        openapi_extra={
+            "requestBody": {"required": True, "content": json_content(DebitRequest)},
+            "parameters": [KEY_HEADER],
+        },
+    )
+    app.add_api_route(
+        "/payments/outcome",
+        get_outcome,
+        summary="Ask what became of a debit",
+        response_description="The user was charged, or the debit was declined.",
+        response_model=None,
+        responses={
+            200: {"model": Payment | DeclinedPayment},
+            **problem_responses(*OUTCOME_PROBLEMS),
+        },
+        openapi_extra={"parameters": [OUTCOME_KEY_HEADER]},
+    )
+
+
+def announce_outcomes(metrics: Metrics) -> None:
+    """Show how these routes can respond from the start."""
+    metrics.announce_debits(
+        ["debited", *(problem.code for problem in DEBIT_PROBLEMS)],
+        ["debited", *OUTCOME_ERRORS],
+    )
+    for method, path, problems in (
+        ("POST", "/payments/debit", DEBIT_PROBLEMS),
+        ("GET", "/payments/outcome", OUTCOME_PROBLEMS),
+    ):
+        metrics.announce_failures(method, path, (problem.status for problem in problems))

@@ -1,0 +1,62 @@
+"""What a failed call of a database function means for the debit."""
+
+import re
+
+from postgrest.exceptions import APIError
+
+from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
+from app.http_client.client import CALL_ERRORS as HTTP_ERRORS
+from app.http_client.client import describe_failure as describe_http_failure
+from app.http_client.client import was_sent
+
+# The transaction was not begun or was rolled back: PostgREST had no connection or no schema cache
+# (PGRST000, 002, 003), or Postgres gave up on a lock or on time, could not serialise, or only
+# reads: 25006, and 0A000 of a replica, where PostgREST asks for a transaction that writes. 25P02: a
+# cancelled COMMIT left PostgREST a connection in an aborted transaction, which rejects everything.
+# https://docs.postgrest.org/en/stable/references/errors.html and the manual's appendix A.
+NOT_DONE_CODES = (
+    "PGRST000",
+    "PGRST002",
+    "PGRST003",
+    "53",
+    "55P03",
+    "57014",
+    "40001",
+    "40P01",
+    "25006",
+    "25P02",
+    "0A000",
+)
+# The connection to the database was lost, perhaps after the commit, or PostgREST itself failed.
+# XX000: a node of a cluster was lost at the commit.
+UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0", "40003", "XX000")
+MESSAGE_LENGTH_MAX = 200  # of an error, in the log
+# A code of PostgREST or of Postgres. What has another is a word of somebody between, such as a
+# proxy, or the HTTP status that the client puts in: neither tells about the transaction.
+LEDGER_CODE = re.compile(r"PGRST\w+|[0-9A-Z]{5}")
+CALL_ERRORS = (APIError, *HTTP_ERRORS)
+
+
+def classify_failure(error: Exception) -> type[PaymentError]:
+    """Tell what a failed call means for the debit: not done, perhaps done, or never possible."""
+    if not isinstance(error, APIError):
+        return OutcomeUnknown if was_sent(error) else LedgerUnavailable
+    code = error.code
+    if (
+        not isinstance(code, str)
+        or not LEDGER_CODE.fullmatch(code)
+        or code.startswith(UNKNOWN_CODES)
+    ):
+        return OutcomeUnknown
+    if code.startswith(NOT_DONE_CODES):
+        return LedgerUnavailable
+    return LedgerRejected
+
+
+def describe_failure(error: Exception, timeout_seconds: float) -> str:
+    """Return the reason of a failed call for the log."""
+    if isinstance(error, APIError):
+        # A proxy's page as a message has lines without end.
+        message = next(iter(str(error.message).splitlines()), "")[:MESSAGE_LENGTH_MAX]
+        return f"{error.code or 'an answer without a code:'} {message}"
+    return describe_http_failure(error, timeout_seconds)

@@ -1,0 +1,70 @@
+"""What the service knows of a request: the ids of its log lines, and what became of it."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import structlog
+
+from app.errors import InvalidRequest
+from app.telemetry.metrics import Metrics
+
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# The codes of requests without an outcome: the client hung up, or the service stopped first.
+CLIENT_CLOSED_REQUEST = "caller_left"
+CUT_OFF = "cut_off"
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request. Routes, problems and the middleware fill it in; it is counted and logged once.
+
+    `operation` is what is counted by its outcome, such as `debit`. `amount` is what was charged,
+    in minor units. `status` is 0 until the response starts.
+    """
+
+    request_id: str
+    traceparent: str | None = None
+    operation: str | None = None
+    route: str = "unmatched"
+    status: int = 0
+    code: str | None = None
+    replayed: bool = False
+    amount: int = 0
+
+    @property
+    def trace_id(self) -> str | None:
+        return self.traceparent and self.traceparent[3:35]
+
+
+# The request that the current task works for.
+request_now: ContextVar[RequestRecord | None] = ContextVar("request_now", default=None)
+
+
+class RequestRecorder:
+    """Counts each request that has ended, and writes its line in the log."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        # Bound once: binding it for each line would cost more than the line.
+        self._log = structlog.get_logger().bind()
+
+    def record(self, record: RequestRecord, method: str, seconds: float) -> None:
+        """Count and log a request that took so many seconds."""
+        method = method if method in METHODS else "other"
+        status = str(record.status)
+        self._metrics.request_seconds.labels(method, record.route, status).observe(seconds)
+        code = record.code or ("ok" if record.status < 400 else InvalidRequest.code)
+        if record.operation == "debit" and code not in (CLIENT_CLOSED_REQUEST, CUT_OFF):
+            self._metrics.count_debit(code, record.amount, replayed=record.replayed)
+        write = self._log.warning if record.status >= 500 else self._log.info
+        write(
+            "request",
+            method=method,
+            route=record.route,
+            status=record.status,
+            code=code,
+            replayed=record.replayed,
+            milliseconds=round(seconds * 1000, 2),
+            request_id=record.request_id,
+            trace_id=record.trace_id,
+        )
