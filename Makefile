@@ -43,9 +43,10 @@ audit: $(INSTALLED) ## See whether a ledger adds up; the variable DATABASE_URL n
 check-database: $(INSTALLED) ## See what keeps a database from being migrated; the variable DATABASE_URL names it
 	@$(BIN)/python -m devstack.check_database
 
-lint: $(INSTALLED) ## Check style, of Python and SQL
+lint: $(INSTALLED) ## Check the style of Python and SQL, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/python -m sqlfluff lint --disable-progress-bar supabase
 
 types: $(INSTALLED) ## Check types
@@ -83,8 +84,11 @@ sbom: $(TOOLS) $(IMAGE) ## Write sbom.json: the image's Python packages with the
 	.venv-tools/bin/python -m cyclonedx_py environment --pyproject .venv-image/pyproject.toml \
 	  --mc-type application --output-reproducible --validate -o sbom.json .venv-image
 
-licences: $(INSTALLED) ## Write docs/licences.md: the licence of each package of the image
-	$(BIN)/python -m devstack.licences requirements.txt > docs/licences.md
+licences: $(INSTALLED) ## Write the table of docs/licences.md: the licence of each package of the image
+	@{ sed '/^|/,$$d' docs/licences.md; $(BIN)/python -m piplicenses --format markdown \
+	  --packages $$(sed -nE 's/^([A-Za-z0-9._-]+).*==.*/\1/p' requirements.txt) \
+	  --ignore-packages httpx-aiohttp; } > docs/licences.new && \
+	  mv docs/licences.new docs/licences.md
 
 clean: ## Delete what make has made: environments, the development database, caches
 	-@python=$(BIN)/python; test -x $$python || python="$(PYTHON)"; \

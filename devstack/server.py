@@ -8,7 +8,7 @@ import threading
 import uvicorn
 from starlette.types import ASGIApp
 
-from app.server.server import serve
+from app.__main__ import main as start_service
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
 from devstack.postgres import database_url
@@ -23,7 +23,7 @@ def main() -> None:
     arguments = parser.parse_args()
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     if arguments.name == "service":
-        serve("app.main:app", "127.0.0.1", arguments.port)
+        start_service(["--host", "127.0.0.1", "--port", str(arguments.port)])
         return
     uvicorn.run(
         _application(arguments.name, arguments.postgres_port),

@@ -10,9 +10,20 @@ LISTS = ("requirements", "requirements-dev", "requirements-tools", "requirements
 CLI = "supabase@3.1.0"
 # Permissive ones, and Mozilla's, which binds only whoever changes the package's own files.
 LICENCES = {
-    *("MIT", "MIT-0", "MIT License", "Apache-2.0", "Apache Software License", "PSF-2.0"),
-    *("BSD License", "BSD-2-Clause", "BSD-3-Clause", "3-Clause BSD License"),
-    *("Python Software Foundation License", "MPL-2.0", "Mozilla Public License 2.0 ", "MPL 2.0"),
+    "3-Clause BSD License",
+    "Apache Software License",
+    "Apache-2.0",
+    "BSD License",
+    "BSD-2-Clause",
+    "BSD-3-Clause",
+    "MIT",
+    "MIT License",
+    "MIT-0",
+    "MPL 2.0",
+    "MPL-2.0",
+    "Mozilla Public License 2.0 ",
+    "PSF-2.0",
+    "Python Software Foundation License",
 }
 
 
@@ -66,11 +77,13 @@ def test_every_tool_has_one_version() -> None:
 
 
 def test_the_licences_are_documented_and_bind_nobody() -> None:
-    page = (ROOT / "docs" / "licences.md").read_text()
-    command = [sys.executable, "-m", "devstack.licences", "requirements.txt"]
+    table = (ROOT / "docs" / "licences.md").read_text().partition("\n|")[2]
+    command = [sys.executable, "-m", "piplicenses", "--format", "markdown", "--packages"]
+    packages = versions("requirements.txt").keys() - {"httpx-aiohttp"}  # the page says why
+    command += sorted(packages)
     written = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert page == written, "make licences"
-    found = re.findall(r"^\| [\w.-]+ \| [0-9][\w.]* \| (.+) \|$", page, re.MULTILINE)
-    assert len(found) == len(versions("requirements.txt"))
+    assert f"|{table}" == written, "make licences"
+    found = re.findall(r"^\| [\w.-]+ +\| [0-9][\w.]* +\| (.+?) +\|$", table, re.MULTILINE)
+    assert len(found) == len(packages)
     for licence in found:
-        assert set(re.split(r" AND | OR |, |[()]", licence)) - {"", " "} <= LICENCES
+        assert set(re.split(r" AND | OR |; |, |[()]", licence)) - {"", " "} <= LICENCES
