@@ -74,7 +74,7 @@ OF_ANSWERS = (
 OF_BATCHES = (
     (
         "callers of a batch get each other's outcomes",
-        "ledger/group_commit.py",
+        "ledger/lane.py",
         "zip(batch, outcomes, strict=True)",
         "zip(batch, outcomes[::-1], strict=True)",
     ),
@@ -95,7 +95,7 @@ OF_FAULTS = (
     ),
     (
         "an unknown outcome of a batch is told as not charged",
-        "ledger/group_commit.py",
+        "ledger/lane.py",
         "            if waiting.is_perhaps_done:\n"
         "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))\n",
         "            if False:\n"

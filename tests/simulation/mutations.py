@@ -38,7 +38,7 @@ FORMER_FAULTS = (
     ),
     Mutation(
         "a failed batch is repeated as single calls, all at once",
-        "ledger/group_commit.py",
+        "ledger/lane.py",
         "                if not await repeats.again_after(failure):\n",
         "                for waiting in batch:\n"
         "                    self._start(self._settle_alone(waiting), waiting.context)\n"
@@ -114,28 +114,28 @@ OTHER_MISTAKES = (
     ),
     Mutation(
         "the debits of a lost batch are forgotten to be perhaps done",
-        "ledger/group_commit.py",
+        "ledger/lane.py",
         "                waiting.is_perhaps_done = True\n",
         "                pass\n",
         "answers",
     ),
     Mutation(
         "parked debits stay parked",
-        "ledger/group_commit.py",
+        "ledger/lane.py",
         "                self.add(parked)\n",
         "                pass\n",
         "failed-batch",
     ),
     Mutation(
         "a single call does not give its permit back",
-        "ledger/group_commit.py",
+        "ledger/lane.py",
         "            self._permits.give()\n",
         "            pass\n",
         "end",
     ),
     Mutation(
         "outcomes go to the wrong debits",
-        "ledger/group_commit.py",
+        "ledger/lane.py",
         "in zip(batch, outcomes, strict=True):",
         "in zip(batch, reversed(outcomes), strict=True):",
         "answers",

@@ -13,8 +13,9 @@ import pytest
 from app.errors import LedgerUnavailable
 from app.http_client.retry_after import Pause
 from app.ledger.client import Ledger
-from app.ledger.group_commit import LANES, GroupCommit, Waiting
+from app.ledger.group_commit import LANES, GroupCommit
 from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, write_debit
+from app.ledger.waiting import Waiting
 from app.telemetry.metrics import Metrics
 
 ITEM = uuid4()
