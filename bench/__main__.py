@@ -1,5 +1,10 @@
 """Measure debits through the service beside its peers, print ratios, and check the ledger.
 
+With --against, measure the working tree beside an earlier revision instead. That revision runs from
+a temporary git worktree, with its own migrations on its own Postgres; the Python packages are those
+of the current environment, and gateway and products service those of the working tree. Each case is
+measured three times in turns: debits/s, CPU time of the service and CPU time of Postgres per debit.
+
 The exit status is 1 if the ledger disagrees with the responses, or if a target is missed.
 """
 
@@ -13,6 +18,7 @@ from typing import Any
 from bench.command_line import add_seconds, end, readable_failures
 from bench.measurement import Result
 from bench.peers import PeerComparison, print_earlier
+from bench.revisions import RevisionComparison, print_comparisons
 from bench.stack import running_stack
 
 
@@ -25,7 +31,11 @@ def main() -> None:
     )
     add_seconds(parser, 4)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
-    parser.add_argument(
+    comparison = parser.add_mutually_exclusive_group()
+    comparison.add_argument(
+        "--against", metavar="REV", help="compare the working tree with this revision"
+    )
+    comparison.add_argument(
         "--compare",
         type=_read_results,
         metavar="FILE",
@@ -34,7 +44,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.json and not arguments.json.parent.is_dir():
         parser.error(f"{arguments.json.parent} is not a folder")
-    _compare_peers(arguments.seconds, arguments.json, arguments.compare)
+    if arguments.against:
+        _compare_revisions(arguments.against, arguments.seconds, arguments.json)
+    else:
+        _compare_peers(arguments.seconds, arguments.json, arguments.compare)
 
 
 def _compare_peers(seconds: int, file: Path | None, earlier: Sequence[Result] | None) -> None:
@@ -48,6 +61,18 @@ def _compare_peers(seconds: int, file: Path | None, earlier: Sequence[Result] | 
     if earlier:
         print_earlier(comparison.results, earlier)
     end(comparison.faults, comparison.targets_missed)
+
+
+def _compare_revisions(revision: str, seconds: int, file: Path | None) -> None:
+    with readable_failures():
+        comparison = RevisionComparison(revision, seconds)
+        comparison.run()
+    comparisons = comparison.comparisons()
+    samples = [asdict(sample) for sample in comparison.samples]
+    ratios = [asdict(compared) for compared in comparisons]
+    _write(file, {"against": comparison.commit, "samples": samples, "comparisons": ratios})
+    print_comparisons(comparisons, revision)
+    end(comparison.faults)
 
 
 def _write(file: Path | None, figures: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What the commands of this package share: options, signals, messages and the exit status."""
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -52,7 +53,7 @@ def _stop(*_: object) -> None:
     """Leave every block of the program; a second signal does not interrupt the clean-up."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    print("\nStopping ...", flush=True)
+    os.write(sys.stderr.fileno(), b"\nbench: stopping ...\n")  # print() may be what was interrupted
     raise KeyboardInterrupt
 
 
