@@ -16,6 +16,10 @@ from devstack.programs import POSTGRES_BIN_PATH
 PGBENCH_CONNECTIONS = 16
 REST_SECONDS = 0.3
 COUNT_SQL = """select count(*) from public."Transaction_History" where kind = 'debit'"""
+ACTIVE_SQL = """
+select count(*) from pg_stat_activity
+where backend_type = 'client backend' and state <> 'idle' and pid <> pg_backend_pid()
+"""
 HEADER = (
     f"{'peer':26}{'profile':18}{'conns':>5}{'debits/s':>10}"
     f"{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'failed':>8}"
@@ -114,22 +118,26 @@ class Bench:
 
     def count_debits(self) -> int:
         """Return the number of debits in the ledger."""
+        return self._count(COUNT_SQL)
+
+    def _count(self, query: str) -> int:
         with psycopg.connect(database_url(self.stack.postgres_port)) as connection:
-            row = connection.execute(COUNT_SQL).fetchone()
+            row = connection.execute(query).fetchone()
         return row[0] if row else 0
 
     def count_debits_at_rest(self, *process_ids: int) -> int:
-        """Return the number of debits once the ledger does not grow and the processes are idle.
+        """Return the number of debits once Postgres, gateway and the processes are idle.
 
         A server without limits works on requests for seconds after their clients disconnected.
         """
+        watched = (self.stack.gateway_process_id, *process_ids)
         previous = None
         while True:
-            cpu_tenths = [int(10 * cpu_seconds(process_id)) for process_id in process_ids]
-            count = self.count_debits()
-            if (count, cpu_tenths) == previous:
-                return count
-            previous = count, cpu_tenths
+            cpu_tenths = [int(10 * cpu_seconds(process_id)) for process_id in watched]
+            state = (self._count(ACTIVE_SQL), self.count_debits(), cpu_tenths)
+            if state == previous and not state[0]:
+                return state[1]
+            previous = state
             time.sleep(REST_SECONDS)
 
     def audit(self) -> None:

@@ -27,6 +27,9 @@ RATE_MAX = 2000
 RATES_MAX = 20
 WARM_UP_RATE = 100
 WARM_UP_SECONDS = 2.0
+DEBITED = "payment_debits_total of debited"
+REPLAYED = "payment_replays_total of debited"
+SINGLE_CALLS = "payment_dependency_call_duration_seconds_count of debit_use"
 COST_HEADER = (
     f"{'busy':>8}{'single':>8}{'debits/call':>12}{'service µs':>11}{'Postgres µs':>12}{'failed':>8}"
 )
@@ -39,7 +42,7 @@ class Totals:
     sent: float  # debits in calls to the ledger; a debit whose user was busy is sent again
     calls: float
     single_calls: float
-    returned: float  # payments, also replayed ones
+    returned: float  # payments, also replayed ones; no declines and errors
     service_seconds: float  # CPU time
     postgres_seconds: float  # CPU time
 
@@ -140,14 +143,15 @@ class Replicas(Bench):
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
                     sums[sample.name] = sums.get(sample.name, 0) + sample.value
-                    if sample.labels.get("operation") == "debit_use":
-                        name = f"{sample.name} of debit_use"
+                    for label in sample.labels.values():
+                        name = f"{sample.name} of {label}"
                         sums[name] = sums.get(name, 0) + sample.value
         return Totals(
             sent=sums["payment_batch_size_sum"],
             calls=sums["payment_batch_size_count"],
-            single_calls=sums["payment_dependency_call_duration_seconds_count of debit_use"],
-            returned=sums["payment_debits_total"] + sums.get("payment_replays_total", 0),
+            # A counter with labels does not exist before it first counts.
+            single_calls=sums.get(SINGLE_CALLS, 0),
+            returned=sums.get(DEBITED, 0) + sums.get(REPLAYED, 0),
             service_seconds=sum(cpu_seconds(server.process_id) for server in servers),
             postgres_seconds=postgres_cpu_seconds(self.stack.data_directory),
         )
