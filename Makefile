@@ -10,7 +10,7 @@ IMAGE := .venv-image/installed
 BASE_IMAGE := python:3.11-slim
 
 .DEFAULT_GOAL := help
-.PHONY: help run test mutants simulate torture attack bench audit check-database lint types check manifests policies
+.PHONY: help run test mutants simulate torture attack bench bench-chart audit check-database lint types check manifests policies
 .PHONY: lock pin-image vulnerabilities sbom licences clean
 
 help: ## Show this list
@@ -34,8 +34,11 @@ torture: $(INSTALLED) ## Ten minutes of load with faults; ARGS="--minutes 1 --se
 attack: $(INSTALLED) ## Ten minutes of attacks on the protocol, and the service's memory; ARGS="--minutes 1"
 	@PYTHONPATH=.:tests $(BIN)/python -m security.attack $(ARGS)
 
-bench: $(INSTALLED) ## Measure the service beside its peers with wrk; ARGS="--seconds 2"
+bench: $(INSTALLED) ## Measure the service beside its peers, or with ARGS="--against REV" beside a revision
 	@$(BIN)/python -m bench $(ARGS)
+
+bench-chart: $(INSTALLED) ## Draw the chart of docs/performance.md from bench.json, which ARGS="--json bench.json" wrote
+	@$(BIN)/python -m bench.chart bench.json docs/images/performance.svg
 
 audit: $(INSTALLED) ## See whether a ledger adds up; the variable DATABASE_URL names another than the dev stack's
 	@$(BIN)/python -m devstack.audit

@@ -1,1 +1,1 @@
-"""Load profiles and peers: how fast the service is, beside what it is compared with."""
+"""Measure how fast the service is, beside its peers and beside earlier revisions."""

@@ -1,132 +1,91 @@
-"""Measure the service beside its peers, print ratios, and check the books afterwards."""
+"""Measure debits through the service beside its peers, print ratios, and check the ledger.
+
+With --against, measure the working tree beside an earlier revision instead. That revision runs from
+a temporary git worktree, with its own migrations on its own Postgres; the Python packages are those
+of the current environment, and gateway and products service those of the working tree. Each case is
+measured three times in turns: debits/s, CPU time of the service and CPU time of Postgres per debit.
+
+The exit status is 1 if the ledger disagrees with the responses, or if a target is missed.
+"""
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from bench.measurement import PROFILES, Bench, Result, plain_failures, run_program
-from bench.observability import measure_observability
-from bench.stack import await_answer, server
-
-CONNECTIONS = (1, 32, 128)
-
-# What is compared at 128 connections: profile, with whom, and at least so many times as fast.
-TARGETS = (
-    ("users spread out", "plain", 12.0),
-    ("users spread out", "empty endpoint", 0.6),
-    ("users spread out", "service, no group commit", 4.0),
-    ("one hot user", "service, no group commit", 5.0),
-    ("one hot user", "pgbench", 2.0),
-)
-P50_MORE_MILLISECONDS_MAX = 1.3
-MEMORY_MEBIBYTES_MAX = 110
-MEMORY_FACT = "MiB resident after the load"
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Something that takes debits over HTTP."""
-
-    name: str
-    application: str
-    profiles: tuple[str, ...]
-    settings: dict[str, str]
-
-
-PEERS = (
-    Peer("service", "app.main:app", PROFILES, {}),
-    Peer("service, no group commit", "app.main:app", PROFILES, {"DEBIT_BATCH_SIZE_MAX": "1"}),
-    Peer("plain", "bench.plain:app", PROFILES[:2], {}),
-    Peer("empty endpoint", "bench.empty:app", PROFILES[:1], {}),
-)
-
-
-class Comparison(Bench):
-    """One run: all peers, one after the other."""
-
-    def run(self) -> None:
-        with self.dependencies():
-            for peer in PEERS:
-                self._measure(peer)
-            for profile in PROFILES[:2]:
-                for connections in CONNECTIONS:
-                    self.load("the RPC directly", profile, connections, "rpc")
-                self.pgbench(profile)
-            measure_observability(self)
-            self.audit()
-
-    def _measure(self, peer: Peer) -> None:
-        with server(
-            peer.application,
-            self.port,
-            self.gateway_port,
-            self.products_port,
-            **peer.settings,
-        ) as running:
-            path = "ready" if peer.application.startswith("app.") else "openapi.json"
-            seconds = await_answer(f"http://127.0.0.1:{self.port}/{path}", running)
-            self.facts[f"{peer.name}: seconds until ready"] = round(seconds, 2)
-            for profile in peer.profiles:
-                for connections in CONNECTIONS:
-                    self.load(peer.name, profile, connections, "service")
-            kibibytes = run_program("ps", "-o", "rss=", "-p", str(running.pid))
-            self.facts[f"{peer.name}: {MEMORY_FACT}"] = int(kibibytes) // 1024
-
-    def print_ratios(self) -> None:
-        print("\nservice at 128 connections, times as fast as")
-        for profile, peer, least in TARGETS:
-            ours = self.find("service", profile, 128).per_second
-            theirs = self.find(peer, profile, 16 if peer == "pgbench" else 128).per_second
-            verdict = self.verdict(ours / theirs >= least)
-            print(f"{peer:26}{profile:18}{ours / theirs:8.2f}  (at least {least:g}){verdict}")
-        for profile in PROFILES[:2]:
-            ours = self.find("service", profile, 128).per_second
-            theirs = self.find("the RPC directly", profile, 128).per_second
-            print(f"{'the RPC directly':26}{profile:18}{ours / theirs:8.2f}  (a stand-in gateway)")
-        ours = self.find("service", PROFILES[0], 1).p50
-        theirs = self.find("the RPC directly", PROFILES[0], 1).p50
-        verdict = self.verdict(ours - theirs <= P50_MORE_MILLISECONDS_MAX)
-        print(
-            f"\np50 at 1 connection: {ours:.2f} ms, the RPC directly {theirs:.2f} ms: "
-            f"{ours - theirs:+.2f} ms (at most {P50_MORE_MILLISECONDS_MAX:+g}){verdict}"
-        )
-        for name, value in self.facts.items():
-            is_met = name != f"service: {MEMORY_FACT}" or value < MEMORY_MEBIBYTES_MAX
-            print(f"{name}: {value}{self.verdict(is_met)}")
-
-
-def compare(results: list[Result], path: Path) -> None:
-    kept = {(old.peer, old.profile, old.connections): old for old in read(path)}
-    print(f"\ntimes as fast as in {path}")
-    for result in results:
-        if old := kept.get((result.peer, result.profile, result.connections)):
-            ratio = result.per_second / old.per_second
-            print(f"{result.peer:26}{result.profile:18}{result.connections:5}{ratio:8.2f}")
-
-
-def read(path: Path) -> list[Result]:
-    return [Result(**kept) for kept in json.loads(path.read_text())["results"]]
+from bench.command_line import add_seconds, end, readable_failures
+from bench.measurement import Result
+from bench.peers import PeerComparison, print_earlier
+from bench.revisions import RevisionComparison, print_comparisons
+from bench.stack import running_stack
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make bench ARGS=...", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4, help="for each line (%(default)s)")
-    parser.add_argument("--json", type=Path, help="keep the figures in this file")
-    parser.add_argument("--compare", type=Path, help="compare with a file kept before")
+    """Run the comparison that the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="make bench ARGS=...",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_seconds(parser, 4)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file")
+    comparison = parser.add_mutually_exclusive_group()
+    comparison.add_argument(
+        "--against", metavar="REV", help="compare the working tree with this revision"
+    )
+    comparison.add_argument(
+        "--compare",
+        type=_read_results,
+        metavar="FILE",
+        help="compare the peers with figures that --json wrote earlier",
+    )
     arguments = parser.parse_args()
-    bench = Comparison(arguments.seconds)
-    with plain_failures():
-        print(f"{'peer':26}{'profile':18}{'conns':>5}{'debits/s':>10}{'p50 ms':>9}", end="")
-        print(f"{'p95 ms':>9}{'p99 ms':>9}{'failed':>8}")
-        bench.run()
-    bench.print_ratios()
-    if arguments.compare:
-        compare(bench.results, arguments.compare)
-    if arguments.json:
-        kept = {"results": [asdict(result) for result in bench.results], "facts": bench.facts}
-        arguments.json.write_text(json.dumps(kept, indent=1))
-    bench.end()
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"{arguments.json.parent} is not a folder")
+    if arguments.against:
+        _compare_revisions(arguments.against, arguments.seconds, arguments.json)
+    else:
+        _compare_peers(arguments.seconds, arguments.json, arguments.compare)
+
+
+def _compare_peers(seconds: int, file: Path | None, earlier: Sequence[Result] | None) -> None:
+    with readable_failures(), running_stack() as stack:
+        comparison = PeerComparison(seconds, stack)
+        comparison.run()
+    results = [asdict(result) for result in comparison.results]
+    costs = [asdict(cost) for cost in comparison.costs]
+    _write(file, {"results": results, "facts": comparison.facts, "observability": costs})
+    comparison.print_ratios()
+    if earlier:
+        print_earlier(comparison.results, earlier)
+    end(comparison.faults, comparison.targets_missed)
+
+
+def _compare_revisions(revision: str, seconds: int, file: Path | None) -> None:
+    with readable_failures():
+        comparison = RevisionComparison(revision, seconds)
+        comparison.run()
+    comparisons = comparison.comparisons()
+    samples = [asdict(sample) for sample in comparison.samples]
+    ratios = [asdict(compared) for compared in comparisons]
+    _write(file, {"against": comparison.commit, "samples": samples, "comparisons": ratios})
+    print_comparisons(comparisons, revision)
+    end(comparison.faults)
+
+
+def _write(file: Path | None, figures: dict[str, Any]) -> None:
+    if file:
+        file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _read_results(name: str) -> list[Result]:
+    try:
+        return [Result(**result) for result in json.loads(Path(name).read_text())["results"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        message = f"{name} is not a file that --json wrote: {error}"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Load at a fixed rate: debits come when they come, whatever became of those before."""
+"""Load at a fixed rate: debits arrive at their times, whatever became of the previous ones."""
 
 import asyncio
 import random
@@ -6,29 +6,33 @@ import selectors
 
 import aiohttp
 
+from bench.stack import FIRST_USER, ITEMS, USERS, item_id
+
 CONNECTIONS_MAX = 128
-UNDER_WAY_MAX = 1000  # what would be more fails at once
-ANSWER_SECONDS_MAX = 10.0  # longer than the service takes for any answer
-DRAW = random.Random()  # noqa: S311 - it spreads load, it guards nothing
+IN_FLIGHT_MAX = 1000  # a debit above this fails at once
+RESPONSE_SECONDS_MAX = 10.0  # longer than the service takes for any response
+RANDOM = random.Random()  # noqa: S311 - it spreads load and protects nothing
 
 
 class Arrivals:
-    """Debits of users spread out, for so many seconds; the times between them are drawn.
+    """Send debits of users spread out, as a Poisson process, for a number of seconds.
 
-    As from many people who do not know of each other (a Poisson process). They go to this machine
-    only. One that finds no connection free waits, and its time counts from when it came.
+    The debits go to this machine only. A debit that finds no connection free waits, and its latency
+    counts from its arrival.
     """
 
     def __init__(self, port: int, rate: float, seconds: float) -> None:
-        self._address = f"http://127.0.0.1:{port}/payments/debit"
+        self._url = f"http://127.0.0.1:{port}/payments/debit"
         self._rate = rate
         self._seconds = seconds
-        self._under_way = 0
-        self.milliseconds: list[float] = []  # of each debit that was answered with 200
+        self._in_flight = 0
+        self.milliseconds: list[float] = []  # latency of each debit that succeeded
         self.failed = 0
 
     def run(self) -> None:
-        # The default selector counts in milliseconds, in which two debits would often be one crowd.
+        """Send the debits, and return after the last response."""
+
+        # The default selector has a resolution of milliseconds, so debits would arrive together.
         def loop() -> asyncio.AbstractEventLoop:
             return asyncio.SelectorEventLoop(selectors.SelectSelector())
 
@@ -39,31 +43,33 @@ class Arrivals:
         async with (
             aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=CONNECTIONS_MAX),
-                timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS_MAX),
+                timeout=aiohttp.ClientTimeout(total=RESPONSE_SECONDS_MAX),
             ) as session,
             asyncio.TaskGroup() as tasks,
         ):
             now = asyncio.get_running_loop().time
-            due = now()
-            end = due + self._seconds
-            while (due := due + DRAW.expovariate(self._rate)) < end:
-                await asyncio.sleep(due - now())
-                if self._under_way < UNDER_WAY_MAX:
-                    self._under_way += 1
-                    tasks.create_task(self._debit(session, due))
+            arrival = now()
+            end = arrival + self._seconds
+            while (arrival := arrival + RANDOM.expovariate(self._rate)) < end:
+                await asyncio.sleep(arrival - now())
+                if self._in_flight < IN_FLIGHT_MAX:
+                    self._in_flight += 1
+                    tasks.create_task(self._debit(session, arrival))
                 else:
                     self.failed += 1
 
-    async def _debit(self, session: aiohttp.ClientSession, due: float) -> None:
-        item = f"00000000-0000-4000-8000-{DRAW.randrange(20):012}"
-        wish = {"user_id": 10000 + DRAW.randrange(5000), "item_id": item}
+    async def _debit(self, session: aiohttp.ClientSession, arrival: float) -> None:
+        debit = {
+            "user_id": FIRST_USER + RANDOM.randrange(USERS),
+            "item_id": item_id(RANDOM.randrange(ITEMS)),
+        }
         try:
-            async with session.post(self._address, json=wish) as answer:
-                await answer.read()
-                answer.raise_for_status()
+            async with session.post(self._url, json=debit) as response:
+                await response.read()
+                response.raise_for_status()
             now = asyncio.get_running_loop().time()
-            self.milliseconds.append((now - due) * 1000)
+            self.milliseconds.append((now - arrival) * 1000)
         except (aiohttp.ClientError, TimeoutError):
             self.failed += 1
         finally:
-            self._under_way -= 1
+            self._in_flight -= 1

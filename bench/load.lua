@@ -1,8 +1,8 @@
--- What wrk sends; PROFILE and TARGET come from the environment, the result goes out as JSON.
+-- Requests that wrk sends; PROFILE and TARGET are in the environment. Writes the result as JSON.
 
 local profile, target = os.getenv("PROFILE"), os.getenv("TARGET")
 local users, items, keys = 5000, 20, 2000
-local first_user = tonumber(os.getenv("FIRST_USER") or 10000)
+local first_user = tonumber(os.getenv("FIRST_USER"))
 local threads = 0
 
 function setup(thread)
@@ -51,7 +51,8 @@ function done(summary, latency)
   local failed = summary.errors.status + summary.errors.connect + summary.errors.read +
     summary.errors.write + summary.errors.timeout
   io.write(string.format(
-    'RESULT {"requests": %d, "failed": %d, "seconds": %.4f, "p50": %.3f, "p95": %.3f, "p99": %.3f}\n',
-    summary.requests, failed, summary.duration / 1e6, latency:percentile(50) / 1e3,
+    'RESULT {"completed": %d, "failed": %d, "seconds": %.4f, ' ..
+    '"p50": %.3f, "p95": %.3f, "p99": %.3f}\n',
+    summary.requests - failed, failed, summary.duration / 1e6, latency:percentile(50) / 1e3,
     latency:percentile(95) / 1e3, latency:percentile(99) / 1e3))
 end

@@ -1,29 +1,29 @@
-"""One measurement: load on a debit through HTTP, and the books held against what was answered."""
+"""One measurement after the other on a stack, each checked against the ledger."""
 
-import json
-import os
-import re
-import shutil
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn
 
 import psycopg
 
-from bench.stack import BenchFailed, populate, process
-from devstack.keys import SERVICE_ROLE_KEY
-from devstack.postgres import database_url, running_postgres
+from bench.cpu import cpu_seconds
+from bench.processes import run_program
+from bench.stack import FIRST_USER, USERS, Stack, item_id
+from bench.wrk import HOT_USER, REPLAYS, Endpoint, match_one, run_wrk
+from devstack.postgres import database_url
 from devstack.programs import POSTGRES_BIN_PATH
-from devstack.server_account import temporary_folder
 
-PROFILES = ("users spread out", "one hot user", "one hot item", "replays")
+PGBENCH_CONNECTIONS = 16
+REST_SECONDS = 0.3
+COUNT_SQL = """select count(*) from public."Transaction_History" where kind = 'debit'"""
+ACTIVE_SQL = """
+select count(*) from pg_stat_activity
+where backend_type = 'client backend' and state <> 'idle' and pid <> pg_backend_pid()
+"""
+HEADER = (
+    f"{'peer':26}{'profile':18}{'conns':>5}{'debits/s':>10}"
+    f"{'p50 ms':>9}{'p95 ms':>9}{'p99 ms':>9}{'failed':>8}"
+)
 
 
 @dataclass(frozen=True)
@@ -35,80 +35,79 @@ class Result:
     connections: int
     per_second: float
     p50: float
-    p95: float
-    p99: float
-    done: int
-    failed: int
+    p95: float = 0
+    p99: float = 0
+    completed: int = 0  # requests that returned success
+    failed: int = 0
+    entries: int = 0  # debits in the ledger afterwards that were not there before
 
 
 class Bench:
-    """What is kept of a run, all of it on the same database."""
+    """Results of a run on one stack, and where the ledger disagrees with them."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: int, stack: Stack) -> None:
         self.seconds = seconds
+        self.stack = stack
+        self.first_user = FIRST_USER
         self.results: list[Result] = []
-        self.facts: dict[str, float] = {}
         self.faults: list[str] = []
-        self.missed = 0
-        self.token = ""  # what the callers of the service prove themselves with
 
-    @contextmanager
-    def dependencies(self) -> Iterator[None]:
-        """Run a database with users and items, the gateway and the products service."""
-        with ExitStack() as stack:
-            folder = stack.enter_context(temporary_folder())
-            self.postgres_port, self.gateway_port, self.products_port, self.port = free_ports(4)
-            stack.enter_context(running_postgres(folder / "postgres", self.postgres_port))
-            populate(self.postgres_port)
-            for name, port in (("gateway", self.gateway_port), ("products", self.products_port)):
-                stack.enter_context(
-                    process("devstack.server", name, str(port), str(self.postgres_port))
-                )
-                await_port(port)
-            yield
-
-    def load(self, peer: str, profile: str, connections: int, target: str) -> Result:
-        """Load the service, or the RPC at the gateway, and hold the books against the answers."""
-        before = self._count_debits()
-        port = self.gateway_port if target == "rpc" else self.port
-        result = self.send(port, peer, profile, connections, target)
-        self._keep(result)
-        if profile != "replays" and peer != "empty endpoint":
-            # What is under way when wrk stops is done, but wrk does not see its answer.
-            entries = self._count_debits_at_rest() - before
-            if not result.done <= entries <= result.done + result.failed + connections:
-                self.faults.append(f"{peer}, {profile}: {result.done} answers, {entries} entries")
+    def load(self, peer: str, endpoint: Endpoint, profile: str, connections: int) -> Result:
+        """Send debits, and compare the responses with the entries in the ledger."""
+        before = self.count_debits()
+        sent = self.send(peer, endpoint, profile, connections)
+        entries = self.count_debits_at_rest(endpoint.process_id) - before
+        result = Result(**vars(sent) | {"entries": entries})
+        self.keep(result)
+        # Debits that are in flight when wrk stops are written, but wrk does not count them.
+        most = result.completed + result.failed + connections
+        if profile != REPLAYS and not result.completed <= entries <= most:
+            self.faults.append(
+                f"{peer}, {profile}, {connections} connections: "
+                f"{result.completed} debits succeeded, the ledger has {entries} entries"
+            )
         return result
 
-    def send(self, port: int, peer: str, profile: str, connections: int, target: str) -> Result:
-        """Let wrk ask for `seconds`, and read what it saw."""
-        output = run_wrk(port, connections, self.seconds, profile, target, self.token)
-        seen = json.loads(match_one(r"(?m)^RESULT (.*)$", output))
-        done = seen["requests"] - seen["failed"]
+    def send(self, peer: str, endpoint: Endpoint, profile: str, connections: int) -> Result:
+        """Send debits, and return what wrk counted."""
+        responses = run_wrk(endpoint, profile, connections, self.seconds, self.first_user)
         return Result(
-            *(peer, profile, connections, round(done / seen["seconds"], 1)),
-            *(seen["p50"], seen["p95"], seen["p99"], done, seen["failed"]),
+            peer,
+            profile,
+            connections,
+            per_second=round(responses.completed / responses.seconds, 1),
+            p50=responses.p50,
+            p95=responses.p95,
+            p99=responses.p99,
+            completed=responses.completed,
+            failed=responses.failed,
         )
 
     def pgbench(self, profile: str) -> None:
-        user = "10000" if profile == "one hot user" else "10000 + (random() * 4999)::int"
-        call = (
-            f"select public.debit_use({user}, '00000000-0000-4000-8000-000000000001', "
-            "gen_random_uuid()::text);"
-        )
+        """Call `debit_use` from pgbench, without gateway and service."""
+        user = str(self.first_user)
+        if profile != HOT_USER:
+            user += f" + (random() * {USERS - 1})::int"
+        call = f"select public.debit_use({user}, '{item_id(1)}', gen_random_uuid()::text);"
         with tempfile.NamedTemporaryFile("w", suffix=".sql") as script:
             script.write(call)
             script.flush()
             output = run_program(
-                *(str(POSTGRES_BIN_PATH / "pgbench"), "-n", "-M", "prepared", "-c", "16"),
-                *("-j", "2", "-T", str(max(1, round(self.seconds))), "-f", script.name),
-                database_url(self.postgres_port),
+                str(POSTGRES_BIN_PATH / "pgbench"),
+                "--no-vacuum",
+                "--protocol=prepared",
+                f"--client={PGBENCH_CONNECTIONS}",
+                "--jobs=2",
+                f"--time={self.seconds}",
+                f"--file={script.name}",
+                database_url(self.stack.postgres_port),
             )
         per_second = float(match_one(r"tps = ([\d.]+)", output))
         latency = float(match_one(r"latency average = ([\d.]+)", output))
-        self._keep(Result("pgbench", profile, 16, round(per_second, 1), latency, 0, 0, 0, 0))
+        self.keep(Result("pgbench", profile, PGBENCH_CONNECTIONS, round(per_second, 1), latency))
 
-    def _keep(self, result: Result) -> None:
+    def keep(self, result: Result) -> None:
+        """Keep a result and print it."""
         self.results.append(result)
         print(
             f"{result.peer:26}{result.profile:18}{result.connections:5}"
@@ -117,104 +116,40 @@ class Bench:
             flush=True,
         )
 
-    def _count_debits(self) -> int:
-        with psycopg.connect(database_url(self.postgres_port)) as connection:
-            row = connection.execute(
-                "select count(*) from public.\"Transaction_History\" where kind = 'debit'"
-            ).fetchone()
+    def count_debits(self) -> int:
+        """Return the number of debits in the ledger."""
+        return self._count(COUNT_SQL)
+
+    def _count(self, query: str) -> int:
+        with psycopg.connect(database_url(self.stack.postgres_port)) as connection:
+            row = connection.execute(query).fetchone()
         return row[0] if row else 0
 
-    def _count_debits_at_rest(self) -> int:
-        """Count once everything that wrk left behind is done."""
-        count, later = -1, self._count_debits()
-        while count != later:
-            time.sleep(0.3)
-            count, later = later, self._count_debits()
-        return count
+    def count_debits_at_rest(self, *process_ids: int) -> int:
+        """Return the number of debits once Postgres, gateway and the processes are idle.
 
-    def verdict(self, is_met: bool) -> str:
-        """Count a target that is not met; returns what to say of it."""
-        self.missed += not is_met
-        return "" if is_met else "  MISSED"
-
-    def end(self) -> NoReturn:
-        """Print what the books say; the exit status is 1 for a fault in them or a target missed."""
-        print(f"\nThe books: {len(self.faults)} faults")
-        for fault in self.faults:
-            print(f"  {fault}")
-        if self.missed:
-            print(f"Targets missed: {self.missed}")
-        sys.exit(bool(self.faults or self.missed))
+        A server without limits works on requests for seconds after their clients disconnected.
+        """
+        watched = (self.stack.gateway_process_id, *process_ids)
+        previous = None
+        while True:
+            cpu_tenths = [int(10 * cpu_seconds(process_id)) for process_id in watched]
+            state = (self._count(ACTIVE_SQL), self.count_debits(), cpu_tenths)
+            if state == previous and not state[0]:
+                return state[1]
+            previous = state
+            time.sleep(REST_SECONDS)
 
     def audit(self) -> None:
-        with psycopg.connect(database_url(self.postgres_port)) as connection:
+        """Add what the ledger's own audit finds to the faults."""
+        with psycopg.connect(database_url(self.stack.postgres_port)) as connection:
             for user_id, fault in connection.execute("select * from public.audit_ledger()"):
                 self.faults.append(f"audit of user {user_id}: {fault}")
 
     def find(self, peer: str, profile: str, connections: int) -> Result:
+        """Return the first result of a measurement."""
         return next(
             result
             for result in self.results
             if (result.peer, result.profile, result.connections) == (peer, profile, connections)
         )
-
-
-@contextmanager
-def plain_failures() -> Iterator[None]:
-    """End the program with one line when wrk is missing, a part fails, or Ctrl-C comes."""
-    if shutil.which("wrk") is None:
-        sys.exit("bench: wrk is missing; install it (Debian: apt-get install wrk).")
-    try:
-        yield
-    except BenchFailed as error:
-        sys.exit(f"bench: {error}")
-    except KeyboardInterrupt:
-        sys.exit("bench: stopped.")
-
-
-def run_wrk(
-    port: int, connections: int, seconds: float, profile: str, target: str, token: str
-) -> str:
-    return run_program(
-        *("wrk", "-t", "1", "-c", str(connections), "-d", f"{max(1, round(seconds))}s"),
-        *("--timeout", "20s", "-s", str(Path(__file__).parent / "load.lua")),
-        f"http://127.0.0.1:{port}",
-        PROFILE=profile,
-        TARGET=target,
-        KEY=SERVICE_ROLE_KEY,
-        TOKEN=token,
-        SEED=str(connections),
-    )
-
-
-def run_program(*command: str, **environment: str) -> str:
-    ended = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | environment
-    )
-    if ended.returncode != 0:
-        raise BenchFailed(f"{command[0]} failed: {ended.stderr.strip() or ended.stdout.strip()}")
-    return ended.stdout
-
-
-def match_one(pattern: str, text: str) -> str:
-    found = re.search(pattern, text)
-    if found is None:
-        raise BenchFailed(f"no {pattern} in: {text}")
-    return found[1]
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in sockets:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in sockets]
-
-
-def await_port(port: int) -> None:
-    for _ in range(500):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.02)
-    raise BenchFailed(f"nothing listens on port {port}")

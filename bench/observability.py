@@ -1,10 +1,10 @@
-"""What metrics, log, traces and tokens cost: the service with and without them, in turns."""
+"""Cost of metrics, log, traces and tokens: the service with and without them, in turns."""
 
 import json
 import os
 import time
 from contextlib import ExitStack
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
 
 import jwt
@@ -12,18 +12,24 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from jwt.algorithms import RSAAlgorithm
 from starlette.types import Receive, Scope, Send
 
-from bench.measurement import Bench, await_port, free_ports
-from bench.stack import await_answer, process, server
+from bench.cpu import cpu_seconds
+from bench.measurement import Bench
+from bench.processes import await_port, free_ports, running_module
+from bench.ratios import in_turns, ratio_of
+from bench.stack import SERVICE, Program, running_server
+from bench.wrk import SPREAD_OUT, Endpoint
 
 ROUNDS = 5
 KEY_ID = "bench"
-PUBLISHED_KEYS = os.environ.get("PUBLISHED_KEYS", "").encode()  # of the process that is the sink
-PROFILE, CONNECTIONS = "users spread out", 128
-AS_FAST_AS_SILENT_MIN = 0.9  # times, whatever of them is on
+PUBLISHED_KEYS = os.environ.get("PUBLISHED_KEYS", "").encode()  # set for the process of `sink`
+CONNECTIONS = 128
+AS_FAST_AS_SILENT_MIN = 0.9  # times, with any of them
+
+UNOBSERVED = Program(("bench.unobserved", *SERVICE.arguments[1:]), SERVICE.ready_path)
 
 
 async def sink(scope: Scope, receive: Receive, send: Send) -> None:
-    """Take spans as a collector does, and forget them; publish a key as an issuer does."""
+    """Discard spans, as a collector; return the published keys, as an issuer."""
     if scope["type"] == "http":
         while (await receive()).get("more_body"):
             pass
@@ -31,78 +37,79 @@ async def sink(scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.body", "body": PUBLISHED_KEYS})
 
 
-class Variant:
-    """The service, saying more or less of what it does, and how it did under load."""
+@dataclass(frozen=True)
+class Cost:
+    """Debits/s as a ratio to the service without observability, and CPU time per debit."""
 
-    def __init__(self, name: str, application: str, token: str = "", **settings: str) -> None:
+    name: str
+    ratio: float
+    microseconds: float
+
+
+class Variant:
+    """The service with some of its observability, and its speed under load."""
+
+    def __init__(
+        self, name: str, program: Program = SERVICE, token: str = "", **settings: str
+    ) -> None:
         self.name = name
-        self.application = application
-        self.token = token
-        self.settings = settings
         self.per_second: list[float] = []
         self.microseconds: list[float] = []
+        self._program = program
+        self._token = token
+        self._settings = settings
 
-    def start(self, bench: Bench, stack: ExitStack) -> None:
-        (self._port,) = free_ports(1)
-        gateway, products = bench.gateway_port, bench.products_port
-        running = stack.enter_context(
-            server(self.application, self._port, gateway, products, **self.settings)
-        )
-        await_answer(f"http://127.0.0.1:{self._port}/ready", running)
-        self._process_id = running.pid
+    def start(self, bench: Bench, context: ExitStack) -> None:
+        """Start the variant; it runs until the context ends."""
+        server = running_server(self._program, bench.stack, self._settings)
+        self._server = context.enter_context(server)
 
     def load(self, bench: Bench) -> None:
-        bench.port, bench.token = self._port, self.token
-        before = processor_seconds(self._process_id)
-        result = bench.load(self.name, PROFILE, CONNECTIONS, "service")
-        seconds = processor_seconds(self._process_id) - before
+        """Measure the variant once."""
+        endpoint = Endpoint(self._server.port, self._server.process_id, token=self._token)
+        before = cpu_seconds(self._server.process_id)
+        result = bench.load(self.name, endpoint, SPREAD_OUT, CONNECTIONS)
+        seconds = cpu_seconds(self._server.process_id) - before
         self.per_second.append(result.per_second)
-        self.microseconds.append(seconds / result.done * 1e6)
+        self.microseconds.append(seconds / max(1, result.entries) * 1e6)
 
 
-def measure_observability(bench: Bench) -> None:
-    """Load each variant in turns, and print how it compares with the one that says nothing."""
-    (sink_port,) = free_ports(1)
+def measure_observability(bench: Bench) -> list[Cost]:
+    """Measure the variants in turns; return how each compares with the one without."""
+    [sink_port] = free_ports(1)
     sink_url = f"http://127.0.0.1:{sink_port}"
     keys, token = make_issuer()
     variants = [
-        Variant("no metrics, no log", "bench.unobserved:app"),
-        Variant("metrics", "app.main:app", LOG_LEVEL="WARNING"),
-        Variant("metrics and log", "app.main:app"),
-        Variant("metrics, log and traces", "app.main:app", OTEL_EXPORTER_OTLP_ENDPOINT=sink_url),
-        Variant("metrics, log and tokens", "app.main:app", token, AUTH_JWKS_URL=sink_url),
+        Variant("no metrics, no log", UNOBSERVED, LOG_LEVEL="WARNING"),
+        Variant("metrics", LOG_LEVEL="WARNING"),
+        Variant("metrics and log"),
+        Variant("metrics, log and traces", OTEL_EXPORTER_OTLP_ENDPOINT=sink_url),
+        Variant("metrics, log and tokens", token=token, AUTH_JWKS_URL=sink_url),
     ]
-    silent = variants[0]
-    with ExitStack() as stack:
-        command = ("uvicorn", "bench.observability:sink", "--port", str(sink_port))
-        stack.enter_context(process(*command, "--log-level", "warning", PUBLISHED_KEYS=keys))
+    command = ("uvicorn", "bench.observability:sink", "--port", str(sink_port))
+    with ExitStack() as context:
+        context.enter_context(
+            running_module(*command, "--log-level", "warning", PUBLISHED_KEYS=keys)
+        )
         await_port(sink_port)
         for variant in variants:
-            variant.start(bench, stack)
+            variant.start(bench, context)
         for number in range(ROUNDS):
-            # Every second round backwards, so that none always comes after the same.
-            for variant in variants if number % 2 else variants[::-1]:
+            for variant in in_turns(variants, number):
                 variant.load(bench)
-    print(f"\nwhat it says, medians of {ROUNDS} rounds: times as fast, processor time a debit")
-    for variant in variants:
-        pairs = zip(variant.per_second, silent.per_second, strict=True)
-        ratio = median(ours / theirs for ours, theirs in pairs)
-        print(
-            f"{variant.name:26}{ratio:8.2f}{median(variant.microseconds):8.0f} µs"
-            f"{bench.verdict(ratio >= AS_FAST_AS_SILENT_MIN)}"
+    silent = variants[0].per_second
+    return [
+        Cost(
+            variant.name, ratio_of(variant.per_second, silent).median, median(variant.microseconds)
         )
+        for variant in variants
+    ]
 
 
 def make_issuer() -> tuple[str, str]:
-    """Make a key; returns what its issuer publishes, and a token that is valid for a day."""
+    """Make a key; return what its issuer publishes, and a token that is valid for a day."""
     key = rsa.generate_private_key(65537, 2048)
     published = RSAAlgorithm.to_jwk(key.public_key(), as_dict=True) | {"kid": KEY_ID}
     claims = {"exp": int(time.time()) + 86_400, "scope": "payments"}
     token = jwt.encode(claims, key, "RS256", headers={"kid": KEY_ID})
     return json.dumps({"keys": [published]}), token
-
-
-def processor_seconds(process_id: int) -> float:
-    """How long a process has used a processor, its own time and the kernel's for it."""
-    fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -1,7 +1,7 @@
-"""A plain implementation of the usual kind: what the service is measured against.
+"""A plain implementation, as many are written.
 
-It calls the same function under a key of its own, through a synchronous Supabase client in an
-async route, and asks the products service with a client made for each request.
+It calls `debit_use` with a generated key through a synchronous Supabase client in an async route,
+and calls the products service with a client that it creates for each request.
 """
 
 import os
@@ -12,7 +12,7 @@ import httpx
 from fastapi import FastAPI, HTTPException
 from supabase import create_client
 
-from app.api.schemas import DebitRequest
+from bench.models import DebitRequest
 
 app = FastAPI()
 
@@ -22,6 +22,7 @@ products_url = os.environ["PRODUCTS_SERVICE_URL"]
 
 @app.post("/payments/debit")
 async def post_debit(debit: DebitRequest) -> dict[str, Any]:
+    """Charge the user for the item."""
     async with httpx.AsyncClient() as client:
         response = await client.get(f"{products_url}/items/{debit.item_id}")
     if response.status_code != 200 or not response.json()["active"]:

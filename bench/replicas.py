@@ -1,210 +1,210 @@
-"""Several processes of the service on one database: what they, and a hot user, cost each other.
+"""Several processes of the service on one database: throughput, batches and CPU per debit.
 
-And one process at a fixed rate: what a debit costs when it does not fill its process.
+With --rate, one process at fixed rates: the cost of a debit in a process that is not full.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from statistics import quantiles
+from statistics import mean, quantiles
 
 import httpx
-import psycopg
 from prometheus_client.parser import text_string_to_metric_families
 
 from bench.arrivals import Arrivals
-from bench.measurement import Bench, Result, free_ports, plain_failures
-from bench.observability import processor_seconds
-from bench.stack import await_answer, server
-from devstack.postgres import database_url
+from bench.command_line import add_seconds, end, readable_failures
+from bench.cpu import cpu_seconds, postgres_cpu_seconds
+from bench.measurement import Bench, Result
+from bench.ratios import divide
+from bench.stack import SERVICE, Server, running_server, running_stack
+from bench.wrk import HOT_USER, SPREAD_OUT, Endpoint
 
 PROCESSES = (1, 2, 3)
-PROFILES = ("users spread out", "one hot user")
 CONNECTIONS = 128  # over all processes together
-SECONDS_MAX = 60  # for each line, so that the whole ends
-RATE_MAX, RATES_MAX = 2000, 20
-WARM_UP_RATE, WARM_UP_SECONDS = 100, 2.0
+RATE_MAX = 2000
+RATES_MAX = 20
+WARM_UP_RATE = 100
+WARM_UP_SECONDS = 2.0
+DEBITED = "payment_debits_total of debited"
+REPLAYED = "payment_replays_total of debited"
+SINGLE_CALLS = "payment_dependency_call_duration_seconds_count of debit_use"
+COST_HEADER = (
+    f"{'busy':>8}{'single':>8}{'debits/call':>12}{'service µs':>11}{'Postgres µs':>12}{'failed':>8}"
+)
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What all processes have counted since they started; the difference of two is one line."""
+    """Counters of all processes since their start; one measurement is a difference of two."""
 
-    sent: float = 0  # debits in calls to the ledger; one whose user was busy is sent again
-    calls: float = 0
-    lone_calls: float = 0
-    answered: float = 0
-    service_seconds: float = 0  # of a processor
-    postgres_seconds: float = 0
+    sent: float  # debits in calls to the ledger; a debit whose user was busy is sent again
+    calls: float
+    single_calls: float
+    returned: float  # payments, also replayed ones; no declines and errors
+    service_seconds: float  # CPU time
+    postgres_seconds: float  # CPU time
 
     def since(self, before: "Totals") -> "Totals":
+        """Return the difference to earlier totals."""
         names = [field.name for field in fields(self)]
         return Totals(**{name: getattr(self, name) - getattr(before, name) for name in names})
 
 
 class Replicas(Bench):
-    """The same load over one process, then over two, then three; or over one at fixed rates."""
+    """The same load over one process, then two, then three; or over one at fixed rates."""
 
     def run(self) -> None:
-        with self.dependencies():
-            for count in PROCESSES:
-                with self._service(count):
-                    for profile in PROFILES:
-                        self._measure(count, profile)
-            self.audit()
+        """Measure each number of processes."""
+        for count in PROCESSES:
+            with self._servers(count) as servers:
+                for profile in (SPREAD_OUT, HOT_USER):
+                    self._measure(servers, profile)
+        self.audit()
 
-    def run_at(self, rates: list[float]) -> None:
-        with self.dependencies(), self._service(1):
-            Arrivals(self._ports[0], WARM_UP_RATE, WARM_UP_SECONDS).run()
+    def run_at(self, rates: Sequence[float]) -> None:
+        """Measure one process at each rate, in debits/s."""
+        with self._servers(1) as servers:
+            Arrivals(servers[0].port, WARM_UP_RATE, WARM_UP_SECONDS).run()
             for rate in rates:
-                self._measure_at(rate)
-            self.audit()
+                self._measure_at(servers[0], rate)
+        self.audit()
 
     @contextmanager
-    def _service(self, count: int) -> Iterator[None]:
-        """Start so many processes, each on a port of its own."""
-        with ExitStack() as stack:
-            self._ports = free_ports(count)
-            self._process_ids = []
-            for port in self._ports:
-                running = stack.enter_context(
-                    server("app.main:app", port, self.gateway_port, self.products_port)
-                )
-                await_answer(f"http://127.0.0.1:{port}/ready", running)
-                self._process_ids.append(running.pid)
-            yield
+    def _servers(self, count: int) -> Iterator[list[Server]]:
+        with ExitStack() as context:
+            yield [context.enter_context(running_server(SERVICE, self.stack)) for _ in range(count)]
 
-    def _measure(self, count: int, profile: str) -> None:
-        before = self._count()
-        debits_before = self._count_debits()
-        share = CONNECTIONS // count
+    def _measure(self, servers: Sequence[Server], profile: str) -> None:
+        count = len(servers)
+        process_ids = [server.process_id for server in servers]
+        debits_before = self.count_debits()
+        before = self._total(servers)
         with ThreadPoolExecutor(count) as threads:
             loads = [
-                # wrk draws users by its number of connections: no two may have the same.
-                threads.submit(self.send, port, "service", profile, share + number, "service")
-                for number, port in enumerate(self._ports)
+                # The number of connections is wrk's seed: no two may have the same.
+                threads.submit(
+                    self.send,
+                    "service",
+                    Endpoint(server.port, server.process_id),
+                    profile,
+                    CONNECTIONS // count + number,
+                )
+                for number, server in enumerate(servers)
             ]
-            seen = [load.result() for load in loads]
-        debits = self._count_debits_at_rest() - debits_before
-        counted = self._count().since(before)
+            results = [load.result() for load in loads]
+        totals = self._total(servers).since(before)
+        debits = self.count_debits_at_rest(*process_ids) - debits_before
+        returned = self._total(servers).since(before).returned
 
         result = Result(
-            *(f"{count} processes", profile, CONNECTIONS),
-            per_second=round(sum(one.per_second for one in seen), 1),
-            p50=sum(one.p50 for one in seen) / count,
-            p95=max(one.p95 for one in seen),
-            p99=max(one.p99 for one in seen),
-            done=sum(one.done for one in seen),
-            failed=sum(one.failed for one in seen),
+            f"{count} processes",
+            profile,
+            CONNECTIONS,
+            per_second=round(sum(result.per_second for result in results), 1),
+            p50=mean(result.p50 for result in results),
+            p99=max(result.p99 for result in results),
+            completed=sum(result.completed for result in results),
+            failed=sum(result.failed for result in results),
         )
         self.results.append(result)
-        if not result.done <= debits <= counted.answered:
+        if not result.completed <= debits <= returned:
             self.faults.append(
-                f"{count} processes, {profile}: wrk saw {result.done} answers, "
-                f"the service counted {counted.answered:.0f}, the ledger has {debits} entries"
+                f"{count} processes, {profile}: {result.completed} debits succeeded, "
+                f"the service counted {returned:.0f}, the ledger has {debits} entries"
             )
-        self._print(count, result, counted)
+        self._print(count, result, totals)
 
-    def _measure_at(self, rate: float) -> None:
-        debits_before = self._count_debits_at_rest()
-        before = self._count()
-        arrivals = Arrivals(self._ports[0], rate, self.seconds)
+    def _measure_at(self, server: Server, rate: float) -> None:
+        debits_before = self.count_debits_at_rest()
+        before = self._total([server])
+        arrivals = Arrivals(server.port, rate, self.seconds)
         arrivals.run()
-        counted = self._count().since(before)
-        debits = self._count_debits_at_rest() - debits_before
-        done = len(arrivals.milliseconds)
-        if not done <= debits <= min(done + arrivals.failed, counted.answered):
+        totals = self._total([server]).since(before)
+        debits = self.count_debits_at_rest() - debits_before
+        completed = len(arrivals.milliseconds)
+        if not completed <= debits <= min(completed + arrivals.failed, totals.returned):
             self.faults.append(
-                f"{rate:g} debits/s: {done} answers and {arrivals.failed} failures, the service "
-                f"counted {counted.answered:.0f}, the ledger has {debits} entries"
+                f"{rate:g} debits/s: {completed} debits succeeded and {arrivals.failed} failed, "
+                f"the service counted {totals.returned:.0f}, the ledger has {debits} entries"
             )
-        percentiles = quantiles(arrivals.milliseconds, n=100) if done > 1 else [0.0] * 99
+        percentiles = quantiles(arrivals.milliseconds, n=100) if completed > 1 else [0.0] * 99
         print(
-            f"{rate:8g}{done / self.seconds:10.0f}{percentiles[49]:9.1f}{percentiles[98]:9.1f}"
-            f"{costs(counted)}{arrivals.failed:8}",
+            f"{rate:8g}{completed / self.seconds:10.0f}{percentiles[49]:9.1f}{percentiles[98]:9.1f}"
+            f"{_costs(totals)}{arrivals.failed:8}",
             flush=True,
         )
 
-    def _count(self) -> Totals:
+    def _total(self, servers: Sequence[Server]) -> Totals:
         sums: dict[str, float] = {}
-        for port in self._ports:
-            text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        for server in servers:
+            text = httpx.get(f"http://127.0.0.1:{server.port}/metrics").text
             for family in text_string_to_metric_families(text):
                 for sample in family.samples:
                     sums[sample.name] = sums.get(sample.name, 0) + sample.value
-                    if sample.labels.get("operation") == "debit_use":
-                        name = f"{sample.name} of debit_use"
+                    for label in sample.labels.values():
+                        name = f"{sample.name} of {label}"
                         sums[name] = sums.get(name, 0) + sample.value
         return Totals(
             sent=sums["payment_batch_size_sum"],
             calls=sums["payment_batch_size_count"],
-            lone_calls=sums["payment_dependency_call_duration_seconds_count of debit_use"],
-            answered=sums["payment_debits_total"] + sums.get("payment_replays_total", 0),
-            service_seconds=sum(map(processor_seconds, self._process_ids)),
-            postgres_seconds=self._postgres_seconds(),
+            # A counter with labels does not exist before it first counts.
+            single_calls=sums.get(SINGLE_CALLS, 0),
+            returned=sums.get(DEBITED, 0) + sums.get(REPLAYED, 0),
+            service_seconds=sum(cpu_seconds(server.process_id) for server in servers),
+            postgres_seconds=postgres_cpu_seconds(self.stack.data_directory),
         )
 
-    def _postgres_seconds(self) -> float:
-        """Add up what the server's processes have used; the gateway keeps its connections."""
-        with psycopg.connect(database_url(self.postgres_port)) as connection:
-            backends = connection.execute(
-                "select pid from pg_stat_activity where pid <> pg_backend_pid()"
-            ).fetchall()
-        return sum(processor_seconds(pid) for (pid,) in backends)
-
-    def _print(self, count: int, result: Result, counted: Totals) -> None:
+    def _print(self, count: int, result: Result, totals: Totals) -> None:
         alone = self.find("1 processes", result.profile, CONNECTIONS).per_second
         print(
             f"{count:9}  {result.profile:18}{result.per_second:10.0f}"
-            f"{result.per_second / alone:7.2f}{result.p50:9.1f}{result.p99:9.1f}"
-            f"{costs(counted)}{result.failed:8}",
+            f"{divide(result.per_second, alone):7.2f}{result.p50:9.1f}{result.p99:9.1f}"
+            f"{_costs(totals)}{result.failed:8}",
             flush=True,
         )
 
 
-def costs(counted: Totals) -> str:
-    if not counted.answered:
-        return f"{'nothing was answered':>51}"
-    busy = (counted.sent - counted.answered) / counted.sent
+def _costs(totals: Totals) -> str:
+    if not totals.returned:
+        return f"{'no debit succeeded':>51}"
+    busy = (totals.sent - totals.returned) / totals.sent
     return (
-        f"{busy:8.1%}{counted.lone_calls / counted.calls:8.1%}"
-        f"{counted.sent / counted.calls:12.2f}"
-        f"{counted.service_seconds / counted.answered * 1e6:11.0f}"
-        f"{counted.postgres_seconds / counted.answered * 1e6:12.0f}"
+        f"{busy:8.1%}{totals.single_calls / totals.calls:8.1%}"
+        f"{totals.sent / totals.calls:12.2f}"
+        f"{totals.service_seconds / totals.returned * 1e6:11.0f}"
+        f"{totals.postgres_seconds / totals.returned * 1e6:12.0f}"
     )
 
 
 def main() -> None:
+    """Run the measurement that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m bench.replicas", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=5, help="for each line (%(default)s)")
+    add_seconds(parser, 5)
     parser.add_argument(
         "--rate",
         type=float,
         nargs="+",
         metavar="DEBITS",
-        help=f"one process, so many debits a second (at most {RATE_MAX}), a line for each",
+        help=f"measure one process at these rates, in debits/s (each at most {RATE_MAX})",
     )
     arguments = parser.parse_args()
     rates: list[float] = arguments.rate or []
-    if not 1 <= arguments.seconds <= SECONDS_MAX:
-        parser.error(f"--seconds is from 1 to {SECONDS_MAX}")
     if len(rates) > RATES_MAX or not all(1 <= rate <= RATE_MAX for rate in rates):
-        parser.error(f"--rate is from 1 to {RATE_MAX}, at most {RATES_MAX} of them")
-    bench = Replicas(arguments.seconds)
-    asked = f"{'asked/s':>8}" if rates else f"{'processes':9}  {'profile':18}"
-    ratio = "" if rates else f"{'ratio':>7}"
-    with plain_failures():
-        print(
-            f"{asked}{'debits/s':>10}{ratio}{'p50 ms':>9}{'p99 ms':>9}{'busy':>8}{'lone':>8}"
-            f"{'debits/call':>12}{'service µs':>11}{'Postgres µs':>12}{'failed':>8}"
-        )
+        parser.error(f"--rate takes 1 to {RATES_MAX} numbers from 1 to {RATE_MAX}")
+    with readable_failures(), running_stack() as stack:
+        bench = Replicas(arguments.seconds, stack)
         if rates:
+            print(f"{'rate':>8}{'debits/s':>10}{'p50 ms':>9}{'p99 ms':>9}{COST_HEADER}")
             bench.run_at(rates)
         else:
+            print(
+                f"{'processes':9}  {'profile':18}{'debits/s':>10}{'ratio':>7}"
+                f"{'p50 ms':>9}{'p99 ms':>9}{COST_HEADER}"
+            )
             bench.run()
-    bench.end()
+    end(bench.faults)
 
 
 if __name__ == "__main__":

@@ -1,103 +1,134 @@
-"""The processes of a measurement: a database with users and items, and one server at a time."""
+"""Dependencies of a service (Postgres with data, gateway, products service), and the service."""
 
-import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import IO
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
-import httpx
 import psycopg
 
+from bench.processes import (
+    ROOT,
+    BenchFailed,
+    await_port,
+    await_response,
+    free_ports,
+    running_module,
+)
 from devstack.keys import SERVICE_ROLE_KEY
-from devstack.postgres import apply_migrations, database_url
+from devstack.postgres import apply_migrations, database_url, running_postgres
+from devstack.server_account import temporary_folder
 
-START_TIMEOUT_SECONDS = 30
 LOG_SHOWN_MAX = 10_000  # characters, of a server that failed
+FIRST_USER = 10_000
+USERS = 5_000
+ITEMS = 20
 
-PEOPLE_SQL = """
+USERS_SQL = f"""
 insert into public."Users" (card_id, name, balance)
-select 10000 + number, 'bench', 1000000000000 from generate_series(0, 4999) as number
+select {FIRST_USER} + number, 'bench', 1000000000000
+from generate_series(0, {USERS - 1}) as number
 """
-ITEMS_SQL = """
+ITEMS_SQL = f"""
 insert into public."Items" (id, name, price)
 select ('00000000-0000-4000-8000-' || lpad(number::text, 12, '0'))::uuid, 'bench', 1 + number
-from generate_series(0, 19) as number
+from generate_series(0, {ITEMS - 1}) as number
 """
 
 
-class BenchFailed(Exception):
-    """The measurement cannot go on; the message says why."""
+def item_id(number: int) -> str:
+    """Return the id of an item, numbered from 0."""
+    return f"00000000-0000-4000-8000-{number:012}"
 
 
-def populate(postgres_port: int) -> None:
-    url = database_url(postgres_port)
-    apply_migrations(url)
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(PEOPLE_SQL)
-        connection.execute(ITEMS_SQL)
+@dataclass(frozen=True)
+class Stack:
+    """A running Postgres, gateway and products service."""
+
+    data_directory: Path
+    postgres_port: int
+    gateway_port: int
+    gateway_process_id: int
+    products_port: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """A module that serves debits over HTTP, and a path that returns 200 once it is ready."""
+
+    arguments: tuple[str, ...]
+    ready_path: str
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running program."""
+
+    port: int
+    process_id: int
+    seconds_until_ready: float
+
+
+NO_SETTINGS: Mapping[str, str] = {}
+SERVICE = Program(("app", "--host", "127.0.0.1"), "ready")
 
 
 @contextmanager
-def process(
-    *arguments: str, log: IO[str] | None = None, **environment: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(
-        [sys.executable, "-m", *arguments],
-        stdin=subprocess.PIPE,
-        stderr=log,
-        env=os.environ | environment,
-    ) as running:
-        try:
-            yield running
-        finally:
-            running.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                running.wait(30)
-            running.kill()
-
-
-@contextmanager
-def server(
-    application: str, port: int, gateway_port: int, products_port: int, **environment: str
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run an application as the image does; its log goes to a file, and here if it fails."""
-    arguments: tuple[str, ...] = ("app", "--host", "127.0.0.1", "--port", str(port))
-    if application != "app.main:app":
-        arguments = (
-            *("uvicorn", application, "--port", str(port)),
-            *("--log-level", "warning", "--no-access-log"),
+def running_stack(root: Path = ROOT) -> Iterator[Stack]:
+    """Run a stack until the block ends, with the migrations of the checkout in a folder."""
+    with ExitStack() as context:
+        data_directory = context.enter_context(temporary_folder()) / "postgres"
+        postgres_port, gateway_port, products_port = free_ports(3)
+        context.enter_context(running_postgres(data_directory, postgres_port))
+        _populate(postgres_port, root)
+        gateway, _ = (
+            context.enter_context(
+                running_module("devstack.server", name, str(port), str(postgres_port))
+            )
+            for name, port in (("gateway", gateway_port), ("products", products_port))
         )
+        for port in (gateway_port, products_port):
+            await_port(port)
+        yield Stack(data_directory, postgres_port, gateway_port, gateway.pid, products_port)
+
+
+@contextmanager
+def running_server(
+    program: Program,
+    stack: Stack,
+    settings: Mapping[str, str] = NO_SETTINGS,
+    directory: Path = ROOT,
+) -> Iterator[Server]:
+    """Run a program on a stack until the block ends; print the end of its log if it fails."""
+    [port] = free_ports(1)
     with (
         tempfile.TemporaryFile("w+") as log,
-        process(
-            *arguments,
+        running_module(
+            *program.arguments,
+            "--port",
+            str(port),
+            directory=directory,
             log=log,
-            SUPABASE_URL=f"http://127.0.0.1:{gateway_port}",
+            SUPABASE_URL=f"http://127.0.0.1:{stack.gateway_port}",
             SUPABASE_KEY=SERVICE_ROLE_KEY,
-            PRODUCTS_SERVICE_URL=f"http://127.0.0.1:{products_port}",
-            **environment,
-        ) as running,
+            PRODUCTS_SERVICE_URL=f"http://127.0.0.1:{stack.products_port}",
+            **settings,
+        ) as process,
     ):
         try:
-            yield running
+            seconds = await_response(f"http://127.0.0.1:{port}/{program.ready_path}", process)
+            yield Server(port, process.pid, seconds)
         except BenchFailed:
             log.seek(0)
             sys.stderr.write(log.read()[-LOG_SHOWN_MAX:])
             raise
 
 
-def await_answer(url: str, running: subprocess.Popen[bytes]) -> float:
-    """Wait until a server answers 200 to GET; returns how many seconds that took."""
-    started = time.monotonic()
-    while time.monotonic() < started + START_TIMEOUT_SECONDS:
-        if running.poll() is not None:
-            raise BenchFailed(f"the server at {url} ended with status {running.returncode}")
-        with suppress(httpx.HTTPError):
-            if httpx.get(url).status_code == 200:
-                return time.monotonic() - started
-        time.sleep(0.01)
-    raise BenchFailed(f"{url} did not answer")
+def _populate(postgres_port: int, root: Path) -> None:
+    url = database_url(postgres_port)
+    apply_migrations(url, root / "supabase")
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(USERS_SQL)
+        connection.execute(ITEMS_SQL)

@@ -131,10 +131,10 @@ def stop_postgres(data_directory: Path) -> None:
         pidfile.unlink()  # of a server that was killed; another program has its id now
 
 
-def apply_migrations(url: str) -> None:
-    """Run every file of supabase/migrations in the order of their names."""
+def apply_migrations(url: str, supabase_directory: Path = SUPABASE_DIRECTORY) -> None:
+    """Run every file of the folder's migrations/ in the order of their names."""
     with psycopg.connect(url, autocommit=True) as connection:
-        for migration in sorted((SUPABASE_DIRECTORY / "migrations").glob("*.sql")):
+        for migration in sorted((supabase_directory / "migrations").glob("*.sql")):
             connection.execute(migration.read_bytes())
 
 
