@@ -19,8 +19,12 @@ LABELS = {
 }
 PROFILES = {SPREAD_OUT: "spread-out", HOT_USER: "hot-user"}  # with their classes in the style
 
-WIDTH, HEIGHT = 760, 330
-LEFT, TOP, RIGHT, BOTTOM = 210, 70, 690, 280
+WIDTH = 760
+HEIGHT = 330
+LEFT = 210
+TOP = 70
+RIGHT = 690
+BOTTOM = 280
 BAR_HEIGHT = 18
 
 # The background changes with the text, so that the chart is readable whatever is around it.

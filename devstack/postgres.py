@@ -109,8 +109,17 @@ def start_postgres(data_directory: Path, port: int, *parameters: str) -> None:
     options += "".join(f" -c {parameter}" for parameter in parameters)
     log = data_directory / "server.log"
     started = run_as_account(
-        *(server_programs(data_directory) / "pg_ctl", "-D", data_directory, "-l", log),
-        *("-w", "-t", str(START_TIMEOUT_SECONDS), "-o", options, "start"),
+        server_programs(data_directory) / "pg_ctl",
+        "-D",
+        data_directory,
+        "-l",
+        log,
+        "-w",
+        "-t",
+        str(START_TIMEOUT_SECONDS),
+        "-o",
+        options,
+        "start",
     )
     if started.returncode != 0:
         raise PostgresFailed(f"PostgreSQL did not start: {_last_lines(log)}")
@@ -181,8 +190,15 @@ def _create_cluster(data_directory: Path) -> None:
         os.chown(new, account.pw_uid, account.pw_gid)
     created = run_as_account(
         server_programs(new) / "initdb",
-        *("-D", new, "-U", "supabase_admin", "--encoding=UTF8", "--locale=C", "--no-instructions"),
-        *("--auth-local=peer", "--auth-host=scram-sha-256"),
+        "-D",
+        new,
+        "-U",
+        "supabase_admin",
+        "--encoding=UTF8",
+        "--locale=C",
+        "--no-instructions",
+        "--auth-local=peer",
+        "--auth-host=scram-sha-256",
     )
     if created.returncode != 0:
         raise PostgresFailed(f"initdb failed: {created.stderr.strip()}")
@@ -216,8 +232,15 @@ def _run_sql(data_directory: Path, statements: str) -> None:
     """Execute statements in one transaction while no server runs, so without a password."""
     ended = run_as_account(
         server_programs(data_directory) / "postgres",
-        *("--single", "-j", "-D", data_directory),
-        *("-c", "exit_on_error=true", "-c", "log_min_error_statement=panic", "postgres"),
+        "--single",
+        "-j",
+        "-D",
+        data_directory,
+        "-c",
+        "exit_on_error=true",
+        "-c",
+        "log_min_error_statement=panic",
+        "postgres",
         text=f"{statements.strip()}\n\n",
     )
     if ended.returncode != 0:

@@ -17,7 +17,8 @@ from pathlib import Path
 ACCOUNTS = ("nobody", "postgres", "daemon")
 STATE_FOLDERS = (Path("/var/lib"), Path("/var/tmp"))  # noqa: S108 - what is found there is checked
 STATE_NAME = "payment-service-devstack"
-ENTER, READ = 1, 4
+ENTER = 1
+READ = 4
 
 
 class PostgresFailed(Exception):
