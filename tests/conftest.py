@@ -26,7 +26,9 @@ settings.register_profile("mutants", phases=[Phase.generate], database=None, der
 
 POSTGRES_PARAMETERS = (
     # The data is thrown away; writing hundreds of databases to disk takes a minute.
-    *("fsync=off", "full_page_writes=off", "synchronous_commit=off"),
+    "fsync=off",
+    "full_page_writes=off",
+    "synchronous_commit=off",
     "jit=off",  # Debian's PostgreSQL 15 would compile queries of the catalog again and again
 )
 

@@ -93,7 +93,8 @@ class History:
         return debit
 
     def _debit_of(self, wish: Wish) -> Debit:
-        user_id, item_id = self.users[wish.user], self.items[wish.item]
+        user_id = self.users[wish.user]
+        item_id = self.items[wish.item]
         earlier = self.earlier(wish.earlier)
         price = self.oracle.items[item_id].price if wish.knows_price else wish.expected_price
         actor = self.actors[wish.actor % len(self.actors)]
@@ -125,7 +126,8 @@ class History:
         if change.is_about_latest and (latest := self.earlier(0)):
             user_id = latest.user_id if latest.user_id in self.oracle.users else user_id
             item_id = latest.item_id if latest.item_id in self.oracle.items else item_id
-        user, item = self.oracle.users[user_id], self.oracle.items[item_id]
+        user = self.oracle.users[user_id]
+        item = self.oracle.items[item_id]
         match change.kind:
             case "top up":
                 user.balance += change.number

@@ -60,7 +60,8 @@ def parts(
     issuer: Issuer,
     migrated_port: int,
 ) -> Parts:
-    user_id, item_id = database.add_user(balance=5000), str(database.add_item(price=350))
+    user_id = database.add_user(balance=5000)
+    item_id = str(database.add_item(price=350))
     return Parts(service, start_service, database, issuer, migrated_port, user_id, item_id)
 
 
@@ -158,6 +159,7 @@ def test_a_problem_has_the_code_and_status_of_the_readme(
 
 
 def test_every_code_of_the_readme_has_a_case() -> None:
-    missing, unknown = TABLE.keys() - CASES.keys(), CASES.keys() - TABLE.keys()
+    missing = TABLE.keys() - CASES.keys()
+    unknown = CASES.keys() - TABLE.keys()
     assert not missing, f"Add a case to CASES for these codes of README's table: {missing}"
     assert not unknown, f"README's table has no row for these codes: {unknown}"

@@ -37,7 +37,9 @@ from devstack.products import create_products
 from devstack.server_account import PostgresFailed, temporary_folder
 
 CLIENTS = 12
-HOT_USERS, COLD_USERS, ITEMS = 3, 200, 12
+HOT_USERS = 3
+COLD_USERS = 200
+ITEMS = 12
 FAULT_SHARE = 0.06
 ATTEMPTS_MAX = 4
 HELD_USERS = 20  # as many as PostgREST has connections
@@ -134,7 +136,8 @@ class Torture:
         self._has_seen_enough = has_seen_enough
         with ExitStack() as stack:
             folder = stack.enter_context(temporary_folder())
-            self.directory, self.port = folder / "postgres", free_port()
+            self.directory = folder / "postgres"
+            self.port = free_port()
             start_postgres(self.directory, self.port)
             stack.callback(stop_postgres, self.directory)
             apply_migrations(database_url(self.port))

@@ -78,7 +78,8 @@ def assert_told_the_truth(
 def test_a_fault_once_is_survived(
     gateway_url: str, start_service: Start, database: Database, fault: str, key: str | None
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     with faulty_service(gateway_url, start_service) as (faults, service):
         faults.coming = chain([fault], repeat(None))
 
@@ -93,7 +94,8 @@ def test_a_fault_once_is_survived(
 def test_a_fault_that_stays_is_told_truly(
     gateway_url: str, start_service: Start, database: Database, fault: str
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     told = "ledger_unavailable" if fault in NOT_DONE else "outcome_unknown"
     # What may have been done is tried again until the end; the rest for three seconds.
     seconds = 8 if fault in NOT_DONE else 2
@@ -114,7 +116,8 @@ def test_a_fault_that_stays_is_told_truly(
 def test_unknown_stays_unknown_when_later_calls_are_certainly_not_done(
     gateway_url: str, start_service: Start, database: Database, later: str
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     with faulty_service(gateway_url, start_service, request_timeout_seconds=1) as (
         faults,
         service,
@@ -132,7 +135,8 @@ def test_unknown_stays_unknown_when_later_calls_are_certainly_not_done(
 def test_a_gateway_that_refuses_connections_has_not_charged(
     start_service: Start, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     service = start_service(supabase_url=f"http://127.0.0.1:{free_port()}")
     answer = post_debit(service, user_id, item_id, "key")
     assert answer.json()["code"] == "ledger_unavailable"
@@ -142,7 +146,8 @@ def test_a_gateway_that_refuses_connections_has_not_charged(
 def test_a_row_that_stays_locked_is_not_charged(
     service: httpx.Client, database: Database, migrated_port: int
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     with locked(migrated_port, user_id) as somebody:
         answer = post_debit(service, user_id, item_id, "key")
         somebody.rollback()
@@ -153,7 +158,8 @@ def test_a_row_that_stays_locked_is_not_charged(
 def test_a_row_that_is_locked_for_a_while_is_waited_for(
     service: httpx.Client, database: Database, migrated_port: int
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     with locked(migrated_port, user_id) as somebody:
         released = threading.Timer(2.5, somebody.rollback)  # after the first lock timeout of 2 s
         released.start()
@@ -175,7 +181,8 @@ PRODUCTS_FAULTS = {
 def test_a_fault_of_the_products_service_once_charges_at_the_retry_only(
     start_service: Start, database: Database, fault: str
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     item = http_answer("200 OK", f'{{"id": "{item_id}", "price": 350, "active": true}}'.encode())
     answers = [PRODUCTS_FAULTS[fault]]
     with SocketServer(lambda connection, _: connection.sendall(answers[-1])) as products:

@@ -52,7 +52,8 @@ class Buyer:
 def test_amounts_counted_are_those_of_the_ledger_but_for_outcomes_that_were_told_as_unknown(
     gateway_url: str, start_service: Start, database: Database
 ) -> None:
-    dice, item_id = random.Random(7), database.add_item(350)
+    dice = random.Random(7)
+    item_id = database.add_item(350)
     users = [database.add_user(100_000) for _ in range(12)]
 
     def choose() -> str | None:

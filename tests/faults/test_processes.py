@@ -44,7 +44,8 @@ def await_waiting(database: Database, debits: int) -> None:
 def test_sigterm_lets_debits_under_way_finish_and_be_answered(
     gateway_url: str, products_url: str, migrated_port: int, database: Database, signals: int
 ) -> None:
-    users, item_id = [database.add_user(5000), database.add_user(5000)], database.add_item(350)
+    users = [database.add_user(5000), database.add_user(5000)]
+    item_id = database.add_item(350)
     with (
         service_process(gateway_url, products_url, **measured()) as (process, url),  # type: ignore[arg-type]  # texts
         connect(url) as service,
@@ -129,7 +130,8 @@ def test_sigterm_breaks_no_connection_of_clients_that_pay_without_pause(
 def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(
     gateway_url: str, products_url: str, migrated_port: int, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     with ThreadPoolExecutor() as clients:
         with (
             locked(migrated_port, user_id),
@@ -152,7 +154,8 @@ def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(
 def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
     gateway_url: str, products_url: str, migrated_port: int, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
     with served(create_app(settings)) as url, connect(url) as service:
         port = int(url.rsplit(":", 1)[1])
@@ -180,7 +183,8 @@ def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
 def test_more_debits_than_may_wait_are_refused_at_once(
     start_service: Start, migrated_port: int, database: Database
 ) -> None:
-    users, item_id = [database.add_user(5000) for _ in range(4)], database.add_item(350)
+    users = [database.add_user(5000) for _ in range(4)]
+    item_id = database.add_item(350)
     service = start_service(debits_waiting_max=3)
     with ThreadPoolExecutor() as clients:
         with locked(migrated_port, *users):
@@ -202,7 +206,8 @@ def test_more_debits_than_may_wait_are_refused_at_once(
 def test_an_exhausted_pool_of_the_gateway_loses_nothing(
     migrated_port: int, products_url: str, database: Database
 ) -> None:
-    users, item_id = [database.add_user(5000) for _ in range(12)], database.add_item(350)
+    users = [database.add_user(5000) for _ in range(12)]
+    item_id = database.add_item(350)
     gateway = create_gateway(
         database_url(migrated_port, role="authenticator"), JWT_SECRET, pool_size=1
     )
@@ -237,7 +242,8 @@ def assert_told_the_truth(
 def own_postgres() -> Iterator[tuple[Path, int]]:
     """A server that the test may kill, with the migrations applied."""
     with temporary_folder() as folder:
-        directory, port = folder / "postgres", free_port()
+        directory = folder / "postgres"
+        port = free_port()
         start_postgres(directory, port)
         apply_migrations(database_url(port))
         yield directory, port
@@ -266,7 +272,8 @@ def test_debits_while_postgres_goes_down_and_comes_back_are_told_truly(
     directory, port = own_postgres
     with psycopg.connect(database_url(port), autocommit=True) as connection:
         database = Database(connection)
-        users, item_id = [database.add_user(50_000) for _ in range(8)], database.add_item(350)
+        users = [database.add_user(50_000) for _ in range(8)]
+        item_id = database.add_item(350)
     gateway = create_gateway(database_url(port, role="authenticator"), JWT_SECRET)
     with (
         served(gateway) as gateway_url,

@@ -53,7 +53,8 @@ def shown(gateway_url: str, products_url: str, database_session: psycopg.Connect
         RawServer(b"") as broken,
         service_process(gateway_url, broken.url) as (_, url_of_failing),
     ):
-        user_id, item_id = database.add_user(balance=400), str(database.add_item(price=350))
+        user_id = database.add_user(balance=400)
+        item_id = str(database.add_item(price=350))
         body = {"user_id": user_id, "item_id": item_id}
         for key in ("a", "a", "b"):
             httpx.post(f"{url}/payments/debit", json=body, headers={"Idempotency-Key": key})

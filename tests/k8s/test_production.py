@@ -124,7 +124,8 @@ def test_the_products_service_is_found_from_another_namespace(
 def test_the_ingress_speaks_tls_and_leads_to_the_service(
     objects: dict[str, dict[str, Any]],
 ) -> None:
-    ingress, service = objects["Ingress"]["spec"], objects["Service"]
+    ingress = objects["Ingress"]["spec"]
+    service = objects["Service"]
     (rule,) = ingress["rules"]
     (tls,) = ingress["tls"]
     assert tls["hosts"] == [rule["host"]]

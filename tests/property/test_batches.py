@@ -153,7 +153,8 @@ class Calls(History):
 
     def hold_rows(self, call: Call) -> tuple[set[int], set[UUID]]:
         """Lock rows from another connection; return those that are busy now."""
-        users, items = set(), set()
+        users = set()
+        items = set()
         if call.held_user is not None:
             user_id = self.users[call.held_user]
             self.lock("Users", "card_id", call.user_lock, user_id)
@@ -171,8 +172,12 @@ class Calls(History):
         attempt = uuid4()
         outcome = self.ask(
             f"{self.functions.single}(%s::bigint, %s::uuid, %s::text, %s::bigint, %s::uuid, %s)",
-            *(debit.user_id, debit.item_id, debit.key, debit.expected_price),
-            *(attempt, debit.actor),
+            debit.user_id,
+            debit.item_id,
+            debit.key,
+            debit.expected_price,
+            attempt,
+            debit.actor,
         )
         self.assert_predicted(debit, attempt, outcome, by="single")
 

@@ -81,7 +81,10 @@ class Requests(History):
 
     def post(self, debit: Debit) -> None:
         response = post_debit(
-            *(self.service, debit.user_id, debit.item_id, debit.key),
+            self.service,
+            debit.user_id,
+            debit.item_id,
+            debit.key,
             expected_price=debit.expected_price,
         )
 

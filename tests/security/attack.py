@@ -146,9 +146,16 @@ async def random_bytes(attacker: Attacker) -> None:
 
 
 ATTACKS: tuple[Attack, ...] = (
-    *(_endless_headers, _endless_trailers, _one_long_trailer, _long_header, _long_url),
-    *(_endless_body, _pipelining_without_reading, _large_responses_without_reading),
-    *(_gzip_bombs, random_bytes),
+    _endless_headers,
+    _endless_trailers,
+    _one_long_trailer,
+    _long_header,
+    _long_url,
+    _endless_body,
+    _pipelining_without_reading,
+    _large_responses_without_reading,
+    _gzip_bombs,
+    random_bytes,
 )
 AT_ONCE = 2  # of each attack, so that two cores are enough
 
@@ -234,7 +241,8 @@ def stack() -> Iterator[tuple[Process, Watch]]:
         apply_migrations(database_url(port))
         with psycopg.connect(database_url(port), autocommit=True) as connection:
             database = Database(connection)
-            user_id, item_id = database.add_user(10**9), str(database.add_item(1))
+            user_id = database.add_user(10**9)
+            item_id = str(database.add_item(1))
         gateway = create_gateway(database_url(port, role="authenticator"), JWT_SECRET)
         gateway_url = parts.enter_context(served(gateway))
         products = parts.enter_context(Products(item_id))

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-WIDTH, HEIGHT = 720, 300
-LEFT, TOP, RIGHT, BOTTOM = 60, 40, 700, 260
+WIDTH = 720
+HEIGHT = 300
+LEFT = 60
+TOP = 40
+RIGHT = 700
+BOTTOM = 260
 LIMIT_MEBIBYTES = 256  # of a pod
 
 

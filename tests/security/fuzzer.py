@@ -51,14 +51,34 @@ HEADERS = (
     b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
 )
 SPLICES = (
-    *(b"\0", b"\r", b"\n", b"\r\n", b"\r\n\r\n", b" ", b"\t", b"\xff\xfe", b"\xc3\x28", b";", b":"),
-    *(b"0\r\n\r\n", b"ffffffffffffffff\r\n", b"7fffffffffffffff\r\n", b"-1\r\n", b"5;a=b\r\n"),
-    *(
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
-        b"\x16\x03\x01\x02\x00",
-        b"CONNECT x:1 HTTP/1.1\r\n\r\n",
-    ),
-    *(b"%00", b"%", b"%zz", b"/../", b"?", b"#", b"HTTP/1.1", b"HTTP/9.9", b"x" * 5000),
+    b"\0",
+    b"\r",
+    b"\n",
+    b"\r\n",
+    b"\r\n\r\n",
+    b" ",
+    b"\t",
+    b"\xff\xfe",
+    b"\xc3\x28",
+    b";",
+    b":",
+    b"0\r\n\r\n",
+    b"ffffffffffffffff\r\n",
+    b"7fffffffffffffff\r\n",
+    b"-1\r\n",
+    b"5;a=b\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"\x16\x03\x01\x02\x00",
+    b"CONNECT x:1 HTTP/1.1\r\n\r\n",
+    b"%00",
+    b"%",
+    b"%zz",
+    b"/../",
+    b"?",
+    b"#",
+    b"HTTP/1.1",
+    b"HTTP/9.9",
+    b"x" * 5000,
     b"a:b\r\n" * 150,
 )
 
@@ -103,8 +123,15 @@ def _change_line_ends(draw: random.Random, sent: bytes) -> bytes:
 
 
 CHANGES: tuple[Change, ...] = (
-    *(_truncate, _flip, _splice, _cut_out, _repeat_line),
-    *(_add_header, _add_header, _add_header, _change_line_ends),
+    _truncate,
+    _flip,
+    _splice,
+    _cut_out,
+    _repeat_line,
+    _add_header,
+    _add_header,
+    _add_header,
+    _change_line_ends,
 )
 
 

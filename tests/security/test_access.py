@@ -206,9 +206,14 @@ def test_an_object_that_is_added_is_seen(connection: psycopg.Connection) -> None
             connection, "anon", Object("table", "public", "added", "public.added", "x"), "select"
         )
     assert added == {
-        *(("table", "public.added"), ("table", "public.shown"), ("sequence", "ledger.counted")),
-        *(("function", "public.done"), ("function", "ledger.run"), ("type", "public.kind")),
-        *(("type", "ledger.money"), ("schema", "other")),
+        ("table", "public.added"),
+        ("table", "public.shown"),
+        ("sequence", "ledger.counted"),
+        ("function", "public.done"),
+        ("function", "ledger.run"),
+        ("type", "public.kind"),
+        ("type", "ledger.money"),
+        ("schema", "other"),
     }
     assert anon_reads
 

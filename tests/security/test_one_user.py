@@ -82,7 +82,8 @@ async def connect(stack: AsyncExitStack, url: str, count: int) -> list[Caller]:
 def test_others_are_charged_while_1300_debits_of_one_user_are_sent(
     service_url: str, database: Database, migrated_port: int
 ) -> None:
-    hot, others = database.add_user(10**6), [database.add_user() for _ in range(OTHERS)]
+    hot = database.add_user(10**6)
+    others = [database.add_user() for _ in range(OTHERS)]
     item_id = database.add_item()
 
     async def attack() -> tuple[Counter[Answer], list[Answer]]:
@@ -122,7 +123,8 @@ class HeldLookups(FaultyGateway):
 def test_lookups_of_one_user_that_take_long_delay_no_lookups_of_others(
     gateway_url: str, products_url: str, database: Database
 ) -> None:
-    hot, others = database.add_user(10**6), [database.add_user() for _ in range(OTHERS)]
+    hot = database.add_user(10**6)
+    others = [database.add_user() for _ in range(OTHERS)]
 
     async def attack(url: str, released: threading.Event) -> tuple[Counter[Answer], list[Answer]]:
         async with AsyncExitStack() as stack:

@@ -74,7 +74,8 @@ def _check_not_charged(
 
 def _check_decline(purchase: Purchase, problem: PaymentError, run: Run) -> Iterator[str]:
     """A decline has the reason that it names."""
-    database, code = run.database, problem.code
+    database = run.database
+    code = problem.code
     stored = [one for one in database.outcomes.values() if one["item_id"] == str(purchase.item_id)]
     reasons = {
         "user_not_found": purchase.user_id not in database.users,
@@ -94,7 +95,8 @@ def _check_decline(purchase: Purchase, problem: PaymentError, run: Run) -> Itera
 def check_lookups(run: Run) -> Iterator[str]:
     """A lookup finds what was answered before it, and at the end what the ledger has."""
     for lookup in [*run.lookups, *run.late_lookups]:
-        purchase, result = lookup.purchase, lookup.result
+        purchase = lookup.purchase
+        result = lookup.result
         if isinstance(result, Exception) and not isinstance(result, LedgerUnavailable):
             yield f"lookup of purchase {purchase.number}: {result!r}"
         if isinstance(result, Exception) or result is not None:
@@ -107,7 +109,8 @@ def check_lookups(run: Run) -> Iterator[str]:
             ):
                 yield f"lookup of purchase {purchase.number} found nothing after a debit"
     for lookup in run.late_lookups:
-        purchase, result = lookup.purchase, lookup.result
+        purchase = lookup.purchase
+        result = lookup.result
         stored = run.database.find(purchase.user_id, purchase.key or "")
         found = result.outcome if isinstance(result, Debited | Declined) else None
         if isinstance(result, Exception) or found != (stored["outcome"] if stored else None):

@@ -240,7 +240,8 @@ class Gateway:
 
     def _commit(self, call: Call) -> object:
         """Apply the function; from here on its transaction is done."""
-        database, now = self._database, asyncio.get_running_loop().time()
+        database = self._database
+        now = asyncio.get_running_loop().time()
         if call.is_lookup:
             user_id = cast("int", call.arguments["user_id_input"])
             return database.find(user_id, cast("str", call.arguments["idempotency_key_input"]))

@@ -76,7 +76,8 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
 
     def _run_ready(self) -> None:
         """Run callbacks until none is ready or a timer is due."""
-        ready, now = self._ready, self._now
+        ready = self._ready
+        now = self._now
         for _ in range(STEPS_WITHOUT_TIME_MAX):
             if not ready or self._now != now:
                 return

@@ -8,8 +8,10 @@ from uuid import UUID
 
 from simulation.database import PURCHASE_BITS, Product, User
 
-USERS, PRODUCTS = range(1, 8), range(1, 6)
-UNKNOWN_USER, UNKNOWN_PRODUCT = 99, 99
+USERS = range(1, 8)
+PRODUCTS = range(1, 6)
+UNKNOWN_USER = 99
+UNKNOWN_PRODUCT = 99
 PRICE = 100
 
 
@@ -139,7 +141,8 @@ def _held_rows(schedule: Schedule, draw: random.Random) -> None:
     """More held rows than the pool has connections, and users whose rows are free."""
     held = range(100, 100 + draw.choice((1, 3, 6, 14, 18)))
     _add_world(schedule, [*USERS, *held], balance=10 * PRICE)
-    start, seconds = draw.uniform(0, 0.2), draw.choice((0.1, 0.6, 0.6, 2.5))
+    start = draw.uniform(0, 0.2)
+    seconds = draw.choice((0.1, 0.6, 0.6, 2.5))
     for user_id in held:
         length = draw.uniform(0.8, 1) * seconds
         schedule.holds.append(Hold(start, length, "user", user_id))
@@ -167,7 +170,9 @@ def _failed_batch(schedule: Schedule, draw: random.Random) -> None:
         _add_purchase(schedule, draw, draw.choice(users), [arrival + draw.uniform(0, 0.001)])
     kinds = (Fault.NOT_BEGUN, Fault.REFUSED, Fault.RESPONSE_LOST, Fault.UNKNOWN, Fault.ROLLED_BACK)
     schedule.faults = {draw.choice(kinds): 1.0}
-    schedule.fault_share, schedule.faults_max, schedule.only_batches_fail = 1.0, 1, True
+    schedule.fault_share = 1.0
+    schedule.faults_max = 1
+    schedule.only_batches_fail = True
 
 
 def _outage(schedule: Schedule, draw: random.Random) -> None:
@@ -280,7 +285,8 @@ def _add_purchase(
         expected_price = PRICE + 1
     elif oddity < 0.06 and schedule.purchases:
         other = draw.choice(schedule.purchases)
-        key, user_id = other.key, other.user_id
+        key = other.key
+        user_id = other.user_id
     elif oddity < 0.3:
         key = None
     if key is None:

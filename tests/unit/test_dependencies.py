@@ -54,10 +54,8 @@ def test_tools_are_installed_at_the_version_that_is_asked_for() -> None:
     for name in LISTS:
         asked = versions(f"{name}.txt").items()
         assert asked <= versions(f"{name}.lock").items(), "make lock"
-    makefile, installer = (
-        (ROOT / "Makefile").read_text(),
-        (ROOT / "devstack/install.py").read_text(),
-    )
+    makefile = (ROOT / "Makefile").read_text()
+    installer = (ROOT / "devstack/install.py").read_text()
     assert "requirements-$*.txt" not in makefile
     assert makefile.count("--require-hashes -r") == installer.count('"--require-hashes"') + 1
 

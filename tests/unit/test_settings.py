@@ -151,7 +151,9 @@ def test_origins_are_read_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch)
     origins = "https://Kiosk.example.org:443, http://localhost:3000,http://shop.example.org:80"
     monkeypatch.setenv("CORS_ALLOWED_ORIGINS", origins)
     assert load_settings().cors_allowed_origins == (
-        *("https://kiosk.example.org", "http://localhost:3000", "http://shop.example.org"),
+        "https://kiosk.example.org",
+        "http://localhost:3000",
+        "http://shop.example.org",
     )
 
 

@@ -11,14 +11,22 @@ from servers import await_true, free_port
 
 ORIGIN = "https://kiosk.example.org"
 GET_PATHS = [
-    *("/health", "/ready", "/metrics", "/docs", "/redoc", "/openapi.json"),
-    *("/problems", "/problems/overloaded", "/docs/assets/page.css"),
+    "/health",
+    "/ready",
+    "/metrics",
+    "/docs",
+    "/redoc",
+    "/openapi.json",
+    "/problems",
+    "/problems/overloaded",
+    "/docs/assets/page.css",
 ]
 
 
 @pytest.mark.parametrize("path", GET_PATHS)
 def test_head_is_like_get_without_a_body(service: httpx.Client, path: str) -> None:
-    get, head = service.get(path), service.head(path)
+    get = service.get(path)
+    head = service.head(path)
     assert (head.status_code, head.content) == (get.status_code, b"")
     assert head.headers["content-type"] == get.headers["content-type"]
     if path != "/metrics":  # which grows
@@ -45,8 +53,10 @@ def test_responses_are_not_stored_and_not_guessed_at(service: httpx.Client) -> N
 def test_a_card_number_with_leading_zeros_is_the_same_user(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(balance=1000), database.add_item(price=350)
-    key, zeros = str(uuid4()), f"000{user_id}"
+    user_id = database.add_user(balance=1000)
+    item_id = database.add_item(price=350)
+    key = str(uuid4())
+    zeros = f"000{user_id}"
     first, second = (post_debit(service, number, item_id, key) for number in (user_id, zeros))
     assert first.json() == second.json()
     assert second.headers["idempotent-replayed"] == "true"
@@ -58,7 +68,8 @@ def test_a_card_number_with_leading_zeros_is_the_same_user(
 def test_the_key_of_a_lookup_may_be_in_the_header(
     service: httpx.Client, database: Database, quoted: bool
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     key = str(uuid4())
     payment = post_debit(service, user_id, item_id, key)
     headers = {"Idempotency-Key": f'"{key}"' if quoted else key}

@@ -62,7 +62,8 @@ def test_a_missing_migration_never_becomes_ready(
 def test_an_outage_after_the_start_does_not_turn_readiness_off(
     start_service: Callable[..., httpx.Client], database: Database, migrated_port: int
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     gateway = create_gateway(database_url(migrated_port, role="authenticator"), JWT_SECRET)
     with served(gateway) as gateway_url:
         service = start_service(supabase_url=gateway_url)

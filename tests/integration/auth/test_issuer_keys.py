@@ -27,7 +27,8 @@ class HeldIssuer(Issuer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_asked, self.may_answer = threading.Event(), threading.Event()
+        self.is_asked = threading.Event()
+        self.may_answer = threading.Event()
         self.may_answer.set()
 
     def __exit__(self, *error: object) -> None:
@@ -154,7 +155,8 @@ def test_a_withdrawn_key_ends_with_the_next_refresh_although_nobody_calls(issuer
     async def use_keys() -> None:
         async with opened(issuer.url, age_seconds_max=0, failure_seconds=0.2) as keys:
             await keys.check()
-            issuer.is_up, issuer.keys = False, [published("second", "RS256")]
+            issuer.is_up = False
+            issuer.keys = [published("second", "RS256")]
             async with kept_fresh(keys):
                 calls = issuer.calls
                 await asyncio.to_thread(await_true, lambda: keys.last_state == "unavailable")
@@ -198,7 +200,8 @@ def test_a_key_that_did_not_change_is_the_same_object_after_a_refresh(issuer: Is
 
     async def use_keys() -> None:
         async with opened(issuer.url) as keys:
-            first, second = await keys.get("first"), await keys.get("second")
+            first = await keys.get("first")
+            second = await keys.get("second")
             issuer.keys[1] = published("other", "ES256") | {"kid": "second"}
             assert await keys.get("made-up") is None
             assert issuer.calls == 2

@@ -54,7 +54,8 @@ def test_an_unknown_item_is_not_told_as_an_unknown_user(
 
 
 def test_an_inactive_item_is_not_sold(service_role: psycopg.Connection, database: Database) -> None:
-    user_id, item_id = database.add_user(), database.add_item(active=False)
+    user_id = database.add_user()
+    item_id = database.add_item(active=False)
     assert debit_use(service_role, user_id, item_id)["outcome"] == "item_inactive"
     assert database.debits(user_id) == []
 
@@ -69,7 +70,8 @@ def test_outcomes_are_checked_in_their_documented_order(
 ) -> None:
     poor = database.add_user(0)
     switched_off = database.add_user(0, active=False)
-    on_sale, withdrawn = database.add_item(350), database.add_item(350, active=False)
+    on_sale = database.add_item(350)
+    withdrawn = database.add_item(350, active=False)
     outcomes = [
         debit_use(service_role, 987654321, uuid4(), None, 1),
         debit_use(service_role, switched_off, uuid4(), None, 1),
@@ -91,7 +93,8 @@ def test_outcomes_are_checked_in_their_documented_order(
 def test_every_outcome_names_the_item_and_the_expected_price(
     service_role: psycopg.Connection, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(400), database.add_item(350)
+    user_id = database.add_user(400)
+    item_id = database.add_item(350)
     for outcome in (
         debit_use(service_role, 987654321, item_id, None, 350),
         debit_use(service_role, user_id, item_id, None, 350),
@@ -103,7 +106,8 @@ def test_every_outcome_names_the_item_and_the_expected_price(
 def test_a_key_charges_once_and_is_answered_alike_again(
     service_role: psycopg.Connection, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     first = debit_use(service_role, user_id, item_id, "key")
     again = debit_use(service_role, user_id, item_id, "key")
     assert (first["replayed"], again["replayed"]) == (False, True)
@@ -114,7 +118,8 @@ def test_a_key_charges_once_and_is_answered_alike_again(
 def test_a_decline_is_remembered_under_its_key(
     service_role: psycopg.Connection, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     first = debit_use(service_role, user_id, item_id, "key", 300)
     database.connection.execute('update public."Items" set price = 300 where id = %s', (item_id,))
     again = debit_use(service_role, user_id, item_id, "key", 300)
@@ -126,7 +131,8 @@ def test_a_decline_is_remembered_under_its_key(
 def test_a_key_can_not_be_used_for_something_else(
     service_role: psycopg.Connection, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
     debit_use(service_role, user_id, item_id, "key")
     for other in (
         debit_use(service_role, user_id, database.add_item(), "key"),
@@ -137,7 +143,8 @@ def test_a_key_can_not_be_used_for_something_else(
 
 
 def test_keys_belong_to_their_user(service_role: psycopg.Connection, database: Database) -> None:
-    first, second = database.add_user(5000), database.add_user(5000)
+    first = database.add_user(5000)
+    second = database.add_user(5000)
     item_id = database.add_item(350)
     assert debit_use(service_role, first, item_id, "key")["outcome"] == "debited"
     assert debit_use(service_role, second, item_id, "key")["outcome"] == "debited"
@@ -146,7 +153,8 @@ def test_keys_belong_to_their_user(service_role: psycopg.Connection, database: D
 def test_find_payment_tells_what_was_answered(
     service_role: psycopg.Connection, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(500), database.add_item(350)
+    user_id = database.add_user(500)
+    item_id = database.add_item(350)
     paid = debit_use(service_role, user_id, item_id, "paid")
     declined = debit_use(service_role, user_id, item_id, "declined")
     find = "select public.find_payment(%s, %s)"
@@ -159,7 +167,8 @@ def test_find_payment_tells_what_was_answered(
 def test_buyers_of_one_item_do_not_wait_for_each_other(
     service_role: psycopg.Connection, database: Database, migrated_port: int
 ) -> None:
-    first, second = database.add_user(), database.add_user()
+    first = database.add_user()
+    second = database.add_user()
     item_id = database.add_item()
     with psycopg.connect(database_url(migrated_port)) as slow_buyer:
         assert debit_use(slow_buyer, first, item_id)["outcome"] == "debited"
@@ -171,7 +180,8 @@ def test_buyers_of_one_item_do_not_wait_for_each_other(
 def test_debits_of_one_user_wait_for_each_other(
     service_role: psycopg.Connection, database: Database, migrated_port: int
 ) -> None:
-    user_id, item_id = database.add_user(350), database.add_item(350)
+    user_id = database.add_user(350)
+    item_id = database.add_item(350)
     outcomes: list[str] = []
 
     with psycopg.connect(database_url(migrated_port)) as first:

@@ -282,7 +282,8 @@ def check_database(url: str) -> subprocess.CompletedProcess[str]:
 def test_make_check_database_reports_every_obstacle_at_once_and_changes_nothing(
     postgres_port: int,
 ) -> None:
-    kronor, numbers = STOPPED["prices in kronor"], STOPPED["active as a number"]
+    kronor = STOPPED["prices in kronor"]
+    numbers = STOPPED["active as a number"]
     url = make_database(postgres_port, kronor[0] + numbers[0])
     with psycopg.connect(url, autocommit=True) as connection:
         before = state(connection)

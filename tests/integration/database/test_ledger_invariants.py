@@ -51,7 +51,8 @@ def test_a_new_user_with_a_balance_gets_an_opening_entry(database: Database) -> 
 def test_a_balance_written_by_another_service_gets_an_adjustment(
     service_role: psycopg.Connection, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(1000), database.add_item(350)
+    user_id = database.add_user(1000)
+    item_id = database.add_item(350)
     debit(service_role, user_id, item_id)
     top_up(service_role, user_id, 500)
     debit(service_role, user_id, item_id)
@@ -79,7 +80,8 @@ def test_one_statement_over_many_users_gets_an_entry_for_each(
 
 
 def insert_entry(connection: psycopg.Connection, user_id: int, **columns: object) -> None:
-    names, values = ["user_id", *columns], [user_id, *columns.values()]
+    names = ["user_id", *columns]
+    values = [user_id, *columns.values()]
     connection.execute(
         f'insert into public."Transaction_History" ({", ".join(names)}) '
         f"values ({', '.join(['%s'] * len(values))})",
@@ -128,7 +130,8 @@ def test_the_clock_never_goes_back_within_a_user(
     service_role: psycopg.Connection, database: Database, migrated_port: int
 ) -> None:
     """A debit that began first and waited is written after the other, with a later time."""
-    user_id, item_id = database.add_user(1000), database.add_item(350)
+    user_id = database.add_user(1000)
+    item_id = database.add_item(350)
     with psycopg.connect(database_url(migrated_port)) as early:
         early.execute("select now()")
         top_up(service_role, user_id, 500)
@@ -143,7 +146,8 @@ def test_the_clock_never_goes_back_within_a_user(
 def test_a_balance_that_differs_from_the_last_entry_is_never_overwritten(
     service_role: psycopg.Connection, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(900), database.add_item(100)
+    user_id = database.add_user(900)
+    item_id = database.add_item(100)
     database.connection.execute('alter table public."Users" disable trigger explain_balance')
     top_up(database.connection, user_id, 500)
     database.connection.execute('alter table public."Users" enable trigger explain_balance')
@@ -176,7 +180,8 @@ def test_no_write_takes_a_balance_below_zero(
 def test_a_debt_from_older_days_may_only_shrink(
     service_role: psycopg.Connection, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(0), database.add_item(0)
+    user_id = database.add_user(0)
+    item_id = database.add_item(0)
     database.connection.execute('alter table public."Users" disable trigger explain_balance')
     top_up(database.connection, user_id, -120)
     database.connection.execute('alter table public."Users" enable trigger explain_balance')

@@ -11,7 +11,9 @@ import pytest
 from database import Database
 
 RUNBOOK = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
-USER, NEW_CARD, KEY = 710_001, 710_002, "the-key"
+USER = 710_001
+NEW_CARD = 710_002
+KEY = "the-key"
 STATEMENTS = [
     statement.replace("1001", str(USER)).replace(
         "2002", str(NEW_CARD)

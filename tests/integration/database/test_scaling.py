@@ -26,7 +26,9 @@ from devstack.programs import POSTGRES_BIN_PATH
 from devstack.server_account import server_account
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "scaling.md"
-USER, OTHER_USER, POOR_USER = 1, 2, 3
+USER = 1
+OTHER_USER = 2
+POOR_USER = 3
 # The document's pieces of SQL, each by a part that only it has.
 BY_USER = "partition by hash (user_id)"
 BY_TIME = "partition by range (created_at)"
@@ -249,11 +251,19 @@ def replica(ledger: Ledger) -> Iterator[psycopg.Connection]:
     row = ledger.owner.execute("show data_directory").fetchone()
     assert row is not None
     directory = Path(row[0]).parent / f"standby_{uuid4().hex}"
-    port, primary = free_port(), database_url(ledger.owner.info.port)
+    port = free_port()
+    primary = database_url(ledger.owner.info.port)
     subprocess.run(
         [
-            *(POSTGRES_BIN_PATH / "pg_basebackup", "-R", "-c", "fast", "--no-sync"),
-            *("-D", directory, "-d", primary),
+            POSTGRES_BIN_PATH / "pg_basebackup",
+            "-R",
+            "-c",
+            "fast",
+            "--no-sync",
+            "-D",
+            directory,
+            "-d",
+            primary,
         ],
         check=True,
     )
@@ -331,7 +341,8 @@ def test_users_move_to_another_database_with_their_keys_and_declines(
 
 def test_two_services_charge_once_under_one_key(start_service: Start, database: Database) -> None:
     services = [start_service(), start_service()]
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
 
     def post(number: int) -> httpx.Response:
         key = f"purchase-{number // 2}"  # each goes to both services

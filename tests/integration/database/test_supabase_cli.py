@@ -84,9 +84,13 @@ def test_the_advisors_only_note_what_is_meant(
 ) -> None:
     """Row level security without a policy is what shuts everybody but service_role out."""
     found = cli(
-        *("db", "advisors", f"--remote={pushed_url}"),
-        *("--level", "info"),
-        *("--output-format", "json"),
+        "db",
+        "advisors",
+        f"--remote={pushed_url}",
+        "--level",
+        "info",
+        "--output-format",
+        "json",
     )
     notes = {note["name"] for note in json.loads(found)["results"]}
     assert notes <= {"rls_enabled_no_policy", "unindexed_foreign_keys", "unused_index"}

@@ -233,7 +233,9 @@ class Writer(threading.Thread):
 
     def __init__(self, url: str, user_id: int, stop: threading.Event) -> None:
         super().__init__()
-        self._url, self._user_id, self._stop_event = url, user_id, stop
+        self._url = url
+        self._user_id = user_id
+        self._stop_event = stop
         self.balance_change = 0
         self.errors: dict[str | None, str] = {}  # by their code
 

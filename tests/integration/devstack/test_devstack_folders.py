@@ -44,7 +44,8 @@ def private_checkout(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_it_runs_where_only_its_user_can_enter_and_under_any_umask(private_checkout: Path) -> None:
-    data, ports = private_checkout / ".devstack", free_stack_ports()
+    data = private_checkout / ".devstack"
+    ports = free_stack_ports()
     modes = [folder.stat().st_mode for folder in private_checkout.parents]
     surroundings: dict[str, Any] = {
         "cwd": private_checkout,
@@ -143,7 +144,8 @@ def test_a_start_that_was_killed_leaves_nothing_that_counts_as_data() -> None:
 
 def test_data_of_an_older_dev_stack_that_asked_for_no_password_gets_one() -> None:
     with temporary_folder() as data:
-        cluster, port = data / "postgres", free_port()
+        cluster = data / "postgres"
+        port = free_port()
         with running_postgres(cluster, port), psycopg.connect(database_url(port)) as connection:
             connection.execute("create table kept ()")
         (cluster / "passfile").rename(cluster / "set_up")

@@ -46,7 +46,8 @@ def test_supabase_is_called_through_the_proxy(
     database: Database,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     with Proxy(gateway_url) as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         service = start_service(supabase_url=f"http://{OUTSIDE}")
@@ -69,7 +70,8 @@ def test_the_issuers_keys_are_fetched_through_the_proxy(
 def test_a_proxy_that_does_not_connect_has_not_charged(
     start_service: Start, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     with RawServer(http_answer("403 Forbidden", b"no")) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         service = start_service(supabase_url=f"https://{OUTSIDE}")

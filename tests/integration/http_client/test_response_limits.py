@@ -91,7 +91,8 @@ def processor_seconds(process_id: int) -> float:
 @contextmanager
 def flat(process_id: int, url: str) -> Iterator[None]:
     """Check that a process takes no memory or time to speak of, and responds to others."""
-    before, computed_before = memory_mebibytes(process_id), processor_seconds(process_id)
+    before = memory_mebibytes(process_id)
+    computed_before = processor_seconds(process_id)
     with connect(url) as client, ThreadPoolExecutor(1) as prober:
         is_over = False
 
@@ -169,7 +170,8 @@ def test_a_small_compressed_response_is_read(
     encoding: str,
     compress: Callable[[bytes], bytes],
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     item = compress(f'{{"id": "{item_id}", "price": 350, "active": true}}'.encode())
     head = f"Content-Encoding: {encoding}\r\nContent-Length: {len(item)}\r\n\r\n".encode()
     with RawServer(START + head + item) as products:

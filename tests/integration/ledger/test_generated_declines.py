@@ -42,7 +42,8 @@ async def remove_all(gateway_url: str) -> str:
 def test_the_decline_of_a_debit_without_a_key_is_stored_under_a_generated_one(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(balance=0), database.add_item(price=350)
+    user_id = database.add_user(balance=0)
+    item_id = database.add_item(price=350)
     body = {"user_id": user_id, "item_id": str(item_id)}
     assert service.post("/payments/debit", json=body).status_code == 402
     service.post("/payments/debit", json=body, headers={"Idempotency-Key": "till-1"})

@@ -99,7 +99,8 @@ def post_together(
 def test_a_debit_that_finds_nobody_waiting_goes_alone(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     service = start(start_service, gateway)
     assert post_debit(service, user_id, item_id, "key").status_code == 200
     assert [call[0] for call in gateway.calls] == ["debit_use"]
@@ -108,7 +109,8 @@ def test_a_debit_that_finds_nobody_waiting_goes_alone(
 def test_debits_that_come_together_share_calls(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
+    users = [database.add_user() for _ in range(DEBITS)]
+    item_id = database.add_item()
     service = start(start_service, gateway)
     answers = post_together(service, gateway, users, item_id)
     assert [answer.status_code for answer in answers] == [200] * DEBITS
@@ -120,7 +122,8 @@ def test_debits_that_come_together_share_calls(
 def test_debits_of_one_user_share_calls_too(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(350 * 50), database.add_item(350)
+    user_id = database.add_user(350 * 50)
+    item_id = database.add_item(350)
     service = start(start_service, gateway)
     answers = post_together(service, gateway, [user_id] * DEBITS, item_id)
     charged = [answer.json() for answer in answers if answer.status_code == 200]
@@ -133,7 +136,8 @@ def test_debits_of_one_user_share_calls_too(
 def test_a_batch_of_one_turns_it_off(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
+    users = [database.add_user() for _ in range(DEBITS)]
+    item_id = database.add_item()
     service = start(start_service, gateway, debit_batch_size_max=1)
     answers = post_together(service, gateway, users, item_id)
     assert [answer.status_code for answer in answers] == [200] * DEBITS
@@ -143,7 +147,8 @@ def test_a_batch_of_one_turns_it_off(
 def test_a_request_stays_small_however_long_the_keys(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
+    users = [database.add_user() for _ in range(DEBITS)]
+    item_id = database.add_item()
     service = start(start_service, gateway)
     for padding in ("", 219 * "x", 219 * "\\"):
         answers = post_together(service, gateway, users, item_id, padding)
@@ -157,7 +162,8 @@ def test_a_request_stays_small_however_long_the_keys(
 def test_one_locked_row_holds_up_nobody_else(
     start_service: Start, gateway: WatchedGateway, database: Database, migrated_port: int
 ) -> None:
-    stuck, item_id = database.add_user(), database.add_item()
+    stuck = database.add_user()
+    item_id = database.add_item()
     users = [database.add_user() for _ in range(DEBITS)]
     service = start(start_service, gateway)
     with ThreadPoolExecutor(5) as clients:
@@ -179,7 +185,8 @@ def test_one_locked_row_holds_up_nobody_else(
 def test_a_debit_that_the_database_refuses_fails_alone(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
+    users = [database.add_user() for _ in range(DEBITS)]
+    item_id = database.add_item()
     refused = users[7]
     with refusing(database, "Users", f"card_id <> {refused} or balance = 5000"):
         answers = post_together(start(start_service, gateway), gateway, users, item_id)
@@ -193,7 +200,8 @@ def test_a_debit_that_the_database_refuses_fails_alone(
 def test_a_batch_that_fails_is_repeated_as_a_batch(
     start_service: Start, gateway: WatchedGateway, database: Database, fault: str
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(20)], database.add_item()
+    users = [database.add_user() for _ in range(20)]
+    item_id = database.add_item()
     service = start(start_service, gateway, call_timeout_seconds=2.0)
     gateway.faulty_calls = b"/rpc/debit_use_batch"
     gateway.faults = chain([fault] * 2, repeat(None))
@@ -209,7 +217,8 @@ def test_a_batch_that_fails_is_repeated_as_a_batch(
 def test_when_every_call_is_lost_each_debit_is_told_as_unknown(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(20)], database.add_item()
+    users = [database.add_user() for _ in range(20)]
+    item_id = database.add_item()
     service = start(start_service, gateway, request_timeout_seconds=1)
     gateway.faults = repeat("closed instead of the answer")
     answers = post_at_once(service, users, item_id)
@@ -225,7 +234,8 @@ def test_when_every_call_is_lost_each_debit_is_told_as_unknown(
 def test_a_debit_whose_time_is_up_before_it_was_sent_was_not_done(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(30)], database.add_item()
+    users = [database.add_user() for _ in range(30)]
+    item_id = database.add_item()
     service = start(start_service, gateway, request_timeout_seconds=1)
     assert post_debit(service, users[0], item_id, "warms-the-cache").status_code == 200
     gateway.faults = repeat("silent, not passed on")
@@ -254,7 +264,9 @@ def wish(user_id: int, item_id: UUID, key: str) -> dict[str, object]:
 
 
 def test_outcomes_come_in_the_order_given_and_by_the_same_rules(database: Database) -> None:
-    rich, poor, item_id = database.add_user(700), database.add_user(1), database.add_item(350)
+    rich = database.add_user(700)
+    poor = database.add_user(1)
+    item_id = database.add_item(350)
     outcomes = batch(
         database.connection,
         wish(rich, item_id, "a"),
@@ -281,7 +293,9 @@ def test_outcomes_come_in_the_order_given_and_by_the_same_rules(database: Databa
 def test_a_user_whose_row_is_held_is_busy_and_nothing_is_done(
     database: Database, migrated_port: int
 ) -> None:
-    held, free, item_id = database.add_user(), database.add_user(), database.add_item()
+    held = database.add_user()
+    free = database.add_user()
+    item_id = database.add_item()
     with locked(migrated_port, held):
         outcomes = batch(database.connection, wish(held, item_id, "a"), wish(free, item_id, "a"))
     assert [outcome["outcome"] for outcome in outcomes] == ["busy", "debited"]
@@ -293,7 +307,8 @@ def test_an_item_that_is_held_makes_its_buyers_busy_and_nobody_else(
     database: Database, migrated_port: int
 ) -> None:
     users = [database.add_user(), database.add_user()]
-    held, free = database.add_item(), database.add_item()
+    held = database.add_item()
+    free = database.add_item()
     with psycopg.connect(database_url(migrated_port)) as somebody:
         somebody.execute('select from public."Items" where id = %s for update', (held,))
         outcomes = batch(database.connection, wish(users[0], held, "a"), wish(users[1], free, "a"))
@@ -338,7 +353,8 @@ def timed(service: httpx.Client, user_id: int, item_id: UUID) -> float:
 def test_a_held_item_delays_only_its_own_buyers(
     start_service: Start, database: Database, migrated_port: int
 ) -> None:
-    held, free = database.add_item(), database.add_item()
+    held = database.add_item()
+    free = database.add_item()
     buyers, users = ([database.add_user() for _ in range(24)] for _ in range(2))
     service = start_service()
     with ThreadPoolExecutor(24) as clients:
@@ -356,7 +372,8 @@ def test_a_held_item_delays_only_its_own_buyers(
 def test_a_connection_that_postgrest_should_not_have_kept_refuses_nobody_for_good(
     start_service: Start, gateway: WatchedGateway, database: Database, fault: str
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     service = start(start_service, gateway)
     gateway.faults = chain([fault] * 3, repeat(None))
     assert post_debit(service, user_id, item_id, "key").status_code == 200
@@ -366,7 +383,9 @@ def test_a_connection_that_postgrest_should_not_have_kept_refuses_nobody_for_goo
 def test_a_retry_after_an_earlier_success_is_a_replay_although_its_own_response_was_lost(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
-    user_id, item_id, poor = database.add_user(), database.add_item(), database.add_user(0)
+    user_id = database.add_user()
+    item_id = database.add_item()
+    poor = database.add_user(0)
     service = start(start_service, gateway)
     for user in (user_id, poor):
         first = post_debit(service, user, item_id, "key")
@@ -383,7 +402,8 @@ def test_a_retry_after_an_earlier_success_is_a_replay_although_its_own_response_
 def test_lookups_do_not_delay_debits(
     start_service: Start, database: Database, migrated_port: int
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(10)], database.add_item()
+    users = [database.add_user() for _ in range(10)]
+    item_id = database.add_item()
     service = start_service()
     with ThreadPoolExecutor(64) as clients:
         query: dict[str, str] = {"user_id": str(users[0]), "idempotency_key": "never"}

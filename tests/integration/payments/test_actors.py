@@ -37,7 +37,8 @@ def actors(database: Database, user_id: int) -> list[str | None]:
 def test_another_clients_key_is_reused_and_not_replayed(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(1000), database.add_item(350)
+    user_id = database.add_user(1000)
+    item_id = database.add_item(350)
     assert post_debit(service, user_id, item_id, azp="web-shop").status_code == 200
     other = post_debit(service, user_id, item_id, azp="kiosk-1")
     assert (other.status_code, code(other)) == (422, "idempotency_key_reused")
@@ -48,14 +49,16 @@ def test_another_clients_key_is_reused_and_not_replayed(
 
 
 def test_a_decline_belongs_to_its_client_too(service: httpx.Client, database: Database) -> None:
-    user_id, item_id = database.add_user(0), database.add_item(350)
+    user_id = database.add_user(0)
+    item_id = database.add_item(350)
     assert code(post_debit(service, user_id, item_id, azp="web-shop")) == "insufficient_funds"
     assert code(post_debit(service, user_id, item_id, azp="kiosk-1")) == "idempotency_key_reused"
     assert code(post_debit(service, user_id, item_id, azp="web-shop")) == "insufficient_funds"
 
 
 def test_another_client_does_not_get_the_outcome(service: httpx.Client, database: Database) -> None:
-    user_id, item_id = database.add_user(1000), database.add_item(350)
+    user_id = database.add_user(1000)
+    item_id = database.add_item(350)
     post_debit(service, user_id, item_id, azp="web-shop")
     other = get_outcome(service, user_id, azp="kiosk-1")
     assert (other.status_code, code(other)) == (422, "idempotency_key_reused")
@@ -67,7 +70,8 @@ def test_another_client_does_not_get_the_outcome(service: httpx.Client, database
 def test_another_client_gets_no_replay_of_an_item_that_was_removed(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(1000), database.add_item(350)
+    user_id = database.add_user(1000)
+    item_id = database.add_item(350)
     post_debit(service, user_id, item_id, azp="web-shop")
     database.connection.execute(
         'update public."Items" set active = false where id = %s', (item_id,)
@@ -79,7 +83,8 @@ def test_another_client_gets_no_replay_of_an_item_that_was_removed(
 def test_where_a_client_is_not_known_the_key_alone_decides(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(1000), database.add_item(350)
+    user_id = database.add_user(1000)
+    item_id = database.add_item(350)
     post_debit(service, user_id, item_id)
     again = post_debit(service, user_id, item_id, azp="kiosk-1")
     assert (again.status_code, again.headers["Idempotent-Replayed"]) == (200, "true")

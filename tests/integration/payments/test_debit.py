@@ -13,7 +13,8 @@ from database import Database
 def test_a_debit_takes_the_price_from_the_balance(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
 
     response = post_debit(service, user_id, item_id)
 
@@ -35,7 +36,8 @@ def test_a_debit_takes_the_price_from_the_balance(
 def test_an_item_that_costs_nothing_is_a_debit_of_nothing(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(0), database.add_item(0)
+    user_id = database.add_user(0)
+    item_id = database.add_item(0)
 
     payment = post_debit(service, user_id, item_id).json()
 
@@ -61,7 +63,8 @@ def test_card_ids_beyond_32_bits_are_charged(
 def test_the_expected_price_is_charged_when_it_is_the_price(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(5000), database.add_item(350)
+    user_id = database.add_user(5000)
+    item_id = database.add_item(350)
 
     assert post_debit(service, user_id, item_id, expected_price=350).status_code == 200
     assert database.debits(user_id) == [350]
@@ -83,7 +86,8 @@ def test_an_unknown_user_is_refused(service: httpx.Client, database: Database) -
 
 
 def test_an_inactive_user_is_refused(service: httpx.Client, database: Database) -> None:
-    user_id, item_id = database.add_user(active=False), database.add_item()
+    user_id = database.add_user(active=False)
+    item_id = database.add_item()
     response = post_debit(service, user_id, item_id)
     assert_refused(response, 403, "user_inactive", "User is not active")
     assert database.debits(user_id) == []
@@ -97,14 +101,16 @@ def test_an_unknown_item_is_refused(service: httpx.Client, database: Database) -
 
 
 def test_an_inactive_item_is_refused(service: httpx.Client, database: Database) -> None:
-    user_id, item_id = database.add_user(), database.add_item(active=False)
+    user_id = database.add_user()
+    item_id = database.add_item(active=False)
     response = post_debit(service, user_id, item_id)
     assert_refused(response, 409, "item_inactive", "Item is not for sale")
     assert database.debits(user_id) == []
 
 
 def test_a_changed_price_is_told_and_not_charged(service: httpx.Client, database: Database) -> None:
-    user_id, item_id = database.add_user(), database.add_item(400)
+    user_id = database.add_user()
+    item_id = database.add_item(400)
     response = post_debit(service, user_id, item_id, expected_price=350)
     assert_refused(response, 409, "price_changed", "The price has changed")
     assert response.json()["price"] == 400
@@ -114,7 +120,8 @@ def test_a_changed_price_is_told_and_not_charged(service: httpx.Client, database
 def test_a_balance_below_the_price_is_refused_without_telling_it(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(349), database.add_item(350)
+    user_id = database.add_user(349)
+    item_id = database.add_item(350)
     response = post_debit(service, user_id, item_id)
     assert_refused(response, 402, "insufficient_funds", "Insufficient funds")
     assert "349" not in response.text
@@ -124,7 +131,8 @@ def test_a_balance_below_the_price_is_refused_without_telling_it(
 def test_a_balance_equal_to_the_price_is_enough_once(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(350), database.add_item(350)
+    user_id = database.add_user(350)
+    item_id = database.add_item(350)
     assert post_debit(service, user_id, item_id).json()["new_balance"] == 0
     assert post_debit(service, user_id, item_id).status_code == 402
     assert database.debits(user_id) == [350]

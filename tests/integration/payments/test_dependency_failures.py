@@ -84,7 +84,8 @@ def test_nonsense_from_the_products_service_charges_nobody(
 def test_a_products_service_that_is_down_charges_nobody(
     start_service: Start, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     service = start_service(products_service_url=f"http://127.0.0.1:{free_port()}")
     assert debit(service, user_id, item_id) == PRODUCTS_UNAVAILABLE
     assert database.debits(user_id) == []
@@ -94,7 +95,8 @@ def test_a_products_service_that_is_down_charges_nobody(
 def test_a_debit_whose_time_is_up_when_the_item_is_known_is_not_sent(
     start_service: Start, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
 
     def answer_late(connection: socket.socket, _: bytes) -> None:
         time.sleep(1.1)
@@ -114,7 +116,8 @@ def test_a_debit_whose_time_is_up_when_the_item_is_known_is_not_sent(
 def test_the_ledger_decides_when_the_products_service_is_behind(
     start_service: Start, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item(active=False)
+    user_id = database.add_user()
+    item_id = database.add_item(active=False)
     with RawServer(item_answer(item_id, '"price": 1, "active": true')) as products:
         service = start_service(products_service_url=products.url)
         assert debit(service, user_id, item_id)[1] == "item_inactive"
@@ -196,7 +199,8 @@ def test_a_gateway_that_goes_silent_leaves_the_outcome_unknown(
 def test_a_key_without_the_right_role_is_refused_and_never_ready(
     start_service: Start, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     key = jwt.encode({"role": "kiosk"}, JWT_SECRET)
     service = start_service(supabase_key=key)
     assert debit(service, user_id, item_id) == LEDGER_REJECTED
@@ -209,7 +213,8 @@ def test_a_key_without_the_right_role_is_refused_and_never_ready(
 def test_a_row_that_somebody_holds_is_not_charged_after_the_lock_timeout(
     service: httpx.Client, database: Database, migrated_port: int
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     with psycopg.connect(database_url(migrated_port)) as somebody:
         somebody.execute('select from public."Users" where card_id = %s for update', (user_id,))
         assert debit(service, user_id, item_id) == LEDGER_UNAVAILABLE
@@ -254,7 +259,8 @@ def ledger_state(service: httpx.Client) -> str:
 def test_a_gateway_that_asks_to_wait_is_not_called_meanwhile(
     start_service: Start, database: Database, answer: bytes, seconds: int
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     with RawServer(answer) as gateway:
         service = start_service(supabase_url=gateway.url)
         await_true(lambda: ledger_state(service) != "not asked yet")
@@ -308,7 +314,8 @@ def test_a_debit_that_a_gateway_limits_is_unknown_until_it_may_be_asked_for(
 def test_an_unknown_debit_without_a_key_is_not_asked_for_again(
     start_service: Start, gateway_url: str, database: Database
 ) -> None:
-    item_id, user_id = database.add_item(), database.add_user()
+    item_id = database.add_item()
+    user_id = database.add_user()
     with LimitingGateway(gateway_url, "30") as gateway:
         service = start_service(supabase_url=gateway.url)
         await_ready(service.base_url)

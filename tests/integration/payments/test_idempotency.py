@@ -27,7 +27,8 @@ def assert_replay(first: httpx.Response, again: httpx.Response) -> None:
 def test_a_retry_gets_the_first_answer_and_is_not_charged(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     first = post_debit(service, user_id, item_id, "key")
     again = post_debit(service, user_id, item_id, "key")
     assert_replay(first, again)
@@ -38,7 +39,8 @@ def test_a_retry_gets_the_first_answer_and_is_not_charged(
 def test_a_key_is_the_same_with_and_without_quotes(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     first = post_debit(service, user_id, item_id, "a-key/1")
     assert_replay(first, post_debit(service, user_id, item_id, '"a-key/1"'))
     assert database.debits(user_id) == [350]
@@ -47,7 +49,8 @@ def test_a_key_is_the_same_with_and_without_quotes(
 def test_without_a_key_each_request_is_a_debit_of_its_own(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     for _ in range(2):
         post_debit(service, user_id, item_id)
     assert database.debits(user_id) == [350, 350]
@@ -58,7 +61,8 @@ BAD_KEYS = ["", '""', '"', '"half', 'half"', 'in"side', "with space", "x" * 256,
 
 @pytest.mark.parametrize("key", BAD_KEYS)
 def test_a_key_that_is_none_is_refused(service: httpx.Client, database: Database, key: str) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     response = service.post(
         "/payments/debit",
         json={"user_id": user_id, "item_id": str(item_id)},
@@ -70,7 +74,8 @@ def test_a_key_that_is_none_is_refused(service: httpx.Client, database: Database
 
 
 def test_two_keys_in_one_request_are_refused(service: httpx.Client, database: Database) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     response = service.post(
         "/payments/debit",
         json={"user_id": user_id, "item_id": str(item_id)},
@@ -81,7 +86,8 @@ def test_two_keys_in_one_request_are_refused(service: httpx.Client, database: Da
 
 @pytest.mark.parametrize("key", ["x", "x" * 255, '"' + "x" * 255 + '"', "!#$%&'()*+,-./:;<=>?@~"])
 def test_every_allowed_key_is_taken(service: httpx.Client, database: Database, key: str) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     assert_replay(*(post_debit(service, user_id, item_id, key) for _ in range(2)))
 
 
@@ -89,8 +95,10 @@ def test_every_decline_is_replayed_although_it_would_go_through_now(
     service: httpx.Client, database: Database
 ) -> None:
     execute = database.connection.execute
-    poor, inactive, user_id = database.add_user(0), database.add_user(active=False), 0
-    user_id, item_id = database.add_user(), database.add_item(350)
+    poor = database.add_user(0)
+    inactive = database.add_user(active=False)
+    user_id = database.add_user()
+    item_id = database.add_item(350)
     debits = [(poor, None), (inactive, None), (user_id, 300)]
 
     def post_all() -> list[httpx.Response]:
@@ -117,7 +125,8 @@ def test_every_decline_is_replayed_although_it_would_go_through_now(
 
 
 def test_an_unknown_user_is_not_remembered(service: httpx.Client, database: Database) -> None:
-    item_id, user_id = database.add_item(), uuid4().int >> 70
+    item_id = database.add_item()
+    user_id = uuid4().int >> 70
     assert post_debit(service, user_id, item_id, "key").status_code == 404
     database.add_user(user_id=user_id)
     assert post_debit(service, user_id, item_id, "key").status_code == 200
@@ -126,7 +135,8 @@ def test_an_unknown_user_is_not_remembered(service: httpx.Client, database: Data
 def test_a_refusal_of_the_products_service_is_not_remembered(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item(active=False)
+    user_id = database.add_user()
+    item_id = database.add_item(active=False)
     assert post_debit(service, user_id, item_id, "key").json()["code"] == "item_inactive"
     database.connection.execute('update public."Items" set active = true where id = %s', (item_id,))
     assert post_debit(service, user_id, item_id, "key").status_code == 200
@@ -135,7 +145,9 @@ def test_a_refusal_of_the_products_service_is_not_remembered(
 def test_a_key_used_for_something_else_is_refused(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id, other = database.add_user(), database.add_item(350), database.add_item(100)
+    user_id = database.add_user()
+    item_id = database.add_item(350)
+    other = database.add_item(100)
     post_debit(service, user_id, item_id, "key")
     for response in (
         post_debit(service, user_id, other, "key"),
@@ -148,7 +160,8 @@ def test_a_key_used_for_something_else_is_refused(
 def test_a_retry_is_answered_when_the_item_is_gone(
     service: httpx.Client, start_service: Start, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     first = post_debit(service, user_id, item_id, "key")
     database.connection.execute(
         'update public."Items" set active = false where id = %s', (item_id,)
@@ -164,7 +177,9 @@ def test_a_retry_is_answered_when_the_item_is_gone(
 def test_a_retry_is_answered_when_the_products_service_is_down(
     service: httpx.Client, start_service: Start, database: Database
 ) -> None:
-    user_id, poor, item_id = database.add_user(), database.add_user(0), database.add_item()
+    user_id = database.add_user()
+    poor = database.add_user(0)
+    item_id = database.add_item()
     paid = post_debit(service, user_id, item_id, "key")
     declined = post_debit(service, poor, item_id, "key")
     without = start_service(products_service_url="http://127.0.0.1:1")
@@ -188,7 +203,8 @@ def test_a_retry_is_not_refused_when_it_can_not_be_looked_up(
 def test_concurrent_requests_with_one_key_charge_once_and_agree(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     with ThreadPoolExecutor(16) as clients:
         answers = list(
             clients.map(lambda _: post_debit(service, user_id, item_id, "key"), range(32))
@@ -202,7 +218,9 @@ def test_concurrent_requests_with_one_key_charge_once_and_agree(
 def test_the_outcome_route_tells_what_the_debit_answered(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, poor, item_id = database.add_user(), database.add_user(0), database.add_item()
+    user_id = database.add_user()
+    poor = database.add_user(0)
+    item_id = database.add_item()
     paid = post_debit(service, user_id, item_id, "key")
     post_debit(service, poor, item_id, "key")
 

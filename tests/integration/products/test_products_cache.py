@@ -42,7 +42,9 @@ def debit(service: httpx.Client, user_id: int, item_id: UUID) -> str:
 
 
 def test_an_answer_is_used_again_for_a_while(start_service: Start, database: Database) -> None:
-    user_id, item_id, other = database.add_user(), database.add_item(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
+    other = database.add_item()
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=30)
         assert [debit(service, user_id, item_id) for _ in range(3)] == ["debited"] * 3
@@ -54,7 +56,8 @@ def test_an_answer_is_used_again_for_a_while(start_service: Start, database: Dat
 def test_an_answer_is_asked_for_again_when_it_is_old(
     start_service: Start, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=0.05)
         for _ in range(1000):
@@ -67,7 +70,8 @@ def test_an_answer_is_asked_for_again_when_it_is_old(
 def test_requests_for_one_item_at_a_time_share_one_call(
     start_service: Start, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(8)], database.add_item()
+    users = [database.add_user() for _ in range(8)]
+    item_id = database.add_item()
     with Items() as items, ThreadPoolExecutor(8) as clients:
         service = start_service(products_service_url=items.url)
         items.may_answer.clear()
@@ -81,7 +85,9 @@ def test_requests_for_one_item_at_a_time_share_one_call(
 def test_the_last_response_is_used_when_the_products_service_fails(
     start_service: Start, database: Database
 ) -> None:
-    user_id, item_id, unknown = database.add_user(), database.add_item(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
+    unknown = database.add_item()
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=0)
         assert debit(service, user_id, item_id) == "debited"
@@ -96,7 +102,8 @@ def test_the_last_response_is_used_when_the_products_service_fails(
 def test_a_debit_of_a_known_item_does_not_wait_for_a_silent_products_service(
     start_service: Start, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(20)], database.add_item()
+    users = [database.add_user() for _ in range(20)]
+    item_id = database.add_item()
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=0.001)
         assert debit(service, users[0], item_id) == "debited"
@@ -111,7 +118,8 @@ def test_a_debit_of_a_known_item_does_not_wait_for_a_silent_products_service(
 
 @pytest.mark.alone
 def test_a_failure_is_remembered_for_a_second(start_service: Start, database: Database) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=30)
         items.is_up = False
@@ -126,7 +134,8 @@ def test_a_failure_is_remembered_for_a_second(start_service: Start, database: Da
 def test_the_ledger_still_refuses_what_a_kept_answer_lets_through(
     start_service: Start, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=30)
         assert debit(service, user_id, item_id) == "debited"

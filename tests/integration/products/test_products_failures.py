@@ -168,7 +168,8 @@ def test_an_outage_costs_one_call_a_second(fault: bytes) -> None:
             items.default = fault
             first = [ask(products, UUID(int=number)) for number in range(10)]
             assert {told for told, _ in await asyncio.gather(*first)} == {"products_unavailable"}
-            started, calls = time.monotonic(), items.calls.total()
+            started = time.monotonic()
+            calls = items.calls.total()
             waits = []
             while time.monotonic() - started < 1.1:
                 told, seconds = await ask(products, uuid4())
@@ -232,7 +233,8 @@ def test_an_item_that_always_fails_does_not_prolong_an_outage() -> None:
             items.default = BROKEN
             for item_id in (TEA, COFFEE):
                 await ask(products, item_id)
-            items.default, items.answers[COFFEE] = None, BROKEN
+            items.default = None
+            items.answers[COFFEE] = BROKEN
             await asyncio.sleep(0.2)
             assert (await ask(products, COFFEE))[0] == "products_unavailable"
             assert (await ask(products, MILK))[0] == "for sale"

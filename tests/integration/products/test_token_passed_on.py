@@ -37,7 +37,8 @@ class Guarded(SocketServer):
 def test_the_token_is_passed_on_to_the_products_service_and_not_to_the_ledger(
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     token = make_token()
     with Guarded() as products, RawServer(b"") as gateway:
         service = start(start_service, issuer, products_service_url=products.url)
@@ -45,7 +46,8 @@ def test_the_token_is_passed_on_to_the_products_service_and_not_to_the_ledger(
         assert post_debit(service, user_id, item_id, headers=headers).status_code == 200
         assert products.authorizations == [f"Bearer {token}"]
         service = start(
-            *(start_service, issuer),
+            start_service,
+            issuer,
             products_service_url=products.url,
             supabase_url=gateway.url,
             request_timeout_seconds=1,
@@ -58,7 +60,8 @@ def test_the_token_is_passed_on_to_the_products_service_and_not_to_the_ledger(
 def test_a_token_that_the_products_service_refuses_is_forbidden_to_its_caller_alone(
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
-    refused, good = make_token(sub="refused"), make_token(sub="good")
+    refused = make_token(sub="refused")
+    good = make_token(sub="good")
     items = [database.add_item() for _ in range(4)]
     debits = [(database.add_user(), item_id) for item_id in items for _ in range(4)]
     with Guarded(refused) as products:
@@ -79,14 +82,19 @@ def test_a_token_that_the_products_service_refuses_is_forbidden_to_its_caller_al
 def test_a_retry_is_answered_although_the_products_service_refuses_the_token(
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
-    first, second = make_token(jti="first"), make_token(jti="second")
+    user_id = database.add_user()
+    item_id = database.add_item()
+    first = make_token(jti="first")
+    second = make_token(jti="second")
     with Guarded(refused=second) as products:
         settings = {"products_service_url": products.url, "products_cache_seconds": 0}
         service = start(start_service, issuer, **settings)
         answers = [
             post_debit(
-                *(service, user_id, item_id, "coffee"),
+                service,
+                user_id,
+                item_id,
+                "coffee",
                 headers={"Authorization": f"Bearer {token}"},
             )
             for token in (first, second)
@@ -101,14 +109,16 @@ SERVICE_TOKEN = secrets.token_hex()
 def test_the_products_service_gets_the_services_own_token_and_never_the_callers(
     gateway_url: str, issuer: Issuer, database: Database, tmp_path: Path
 ) -> None:
-    item_id, other_id = str(database.add_item()), str(uuid4())
+    item_id = str(database.add_item())
+    other_id = str(uuid4())
     caller = make_token()
     log = tmp_path / "log"
     with (
         Guarded(refused=caller) as products,
         log.open("wb") as file,
         service_process(
-            *(gateway_url, products.url),
+            gateway_url,
+            products.url,
             log=file,
             AUTH_JWKS_URL=f"{issuer.url}/certs",
             PRODUCTS_SERVICE_TOKEN=f'"{SERVICE_TOKEN}"',
@@ -144,7 +154,7 @@ def test_a_refusal_of_the_services_own_token_is_not_the_callers_fault(
         RawServer(http_answer(status, b'{"detail": "no"}')) as products,
         log.open("wb") as file,
         service_process(
-            *(gateway_url, products.url), log=file, PRODUCTS_SERVICE_TOKEN=SERVICE_TOKEN
+            gateway_url, products.url, log=file, PRODUCTS_SERVICE_TOKEN=SERVICE_TOKEN
         ) as (_, url),
     ):
         answer = httpx.post(f"{url}/payments/debit", json=body)

@@ -82,7 +82,8 @@ def process(
 @pytest.fixture
 def body(database: Database) -> bytes:
     """A debit of a new user with 1000 for an item at 350."""
-    user_id, item_id = database.add_user(balance=1000), database.add_item(price=350)
+    user_id = database.add_user(balance=1000)
+    item_id = database.add_item(price=350)
     return json.dumps({"user_id": user_id, "item_id": str(item_id)}).encode()
 
 

@@ -169,7 +169,10 @@ def test_keys_and_tokens_are_never_logged(logged: Callable[..., str], database: 
         log = logged(ask, AUTH_JWKS_URL=issuer.url, LOG_LEVEL="DEBUG", **collector)
     assert len(lines_of_requests(log)) == 3 * len(tokens)
     assert {line["code"] for line in lines_of_requests(log)} == {
-        *("debited", "ok", "unauthenticated", "not_found")
+        "debited",
+        "ok",
+        "unauthenticated",
+        "not_found",
     }
     for secret in secrets:
         assert secret not in log

@@ -55,7 +55,8 @@ def debit(service: httpx.Client, user_id: int, item_id: object, key: str | None 
 def test_debits_are_counted_by_outcome_with_their_amount_and_replays_apart(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(balance=1000), database.add_item(price=350)
+    user_id = database.add_user(balance=1000)
+    item_id = database.add_item(price=350)
     assert [debit(service, user_id, item_id, key) for key in "aabb"] == [200] * 4
     assert [debit(service, user_id, item_id, key) for key in "cc"] == [402] * 2
     assert service.post("/payments/debit", json={}).status_code == 422
@@ -132,7 +133,8 @@ def test_no_label_grows_with_users_items_paths_or_methods(
 def test_calls_to_the_dependencies_are_counted_by_outcome(
     service: httpx.Client, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     debit(service, user_id, item_id, "a")
     debit(service, user_id, "00000000-0000-4000-8000-00000000dead")
     ask_outcome(service, user_id, "a")
@@ -158,7 +160,8 @@ def test_a_failing_dependency_shows_what_its_calls_came_to(
 def test_batches_lanes_and_what_is_under_way_are_shown(
     service: httpx.Client, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(60)], database.add_item()
+    users = [database.add_user() for _ in range(60)]
+    item_id = database.add_item()
     debit(service, users[0], item_id)
     with ThreadPoolExecutor(60) as pool:
         assert set(pool.map(lambda user: debit(service, user, item_id), users)) == {200}
@@ -174,7 +177,8 @@ def test_batches_lanes_and_what_is_under_way_are_shown(
 def test_what_waits_and_what_is_refused_is_shown_while_the_ledger_is_stuck(
     gateway_url: str, products_url: str, database: Database, migrated_port: int
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(12)], database.add_item()
+    users = [database.add_user() for _ in range(12)]
+    item_id = database.add_item()
     with running(gateway_url, products_url, waiting_max=5) as service:
         debit(service, users[0], item_id)
         with ThreadPoolExecutor(5) as pool:

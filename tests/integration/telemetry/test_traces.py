@@ -32,7 +32,8 @@ from devstack.keys import JWT_SECRET
 from devstack.postgres import database_url
 from devstack.products import create_products
 
-TRACE_ID, CALLERS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
+CALLERS_SPAN = "b7ad6b7169203331"
 
 
 class Collector(SocketServer):
@@ -102,7 +103,8 @@ def traced(postgres_port: int, collector_url: str) -> Iterator[tuple[httpx.Clien
 def test_a_debit_is_one_trace_from_the_caller_to_both_dependencies(
     migrated_port: int, database: Database
 ) -> None:
-    user_id, item_id = database.add_user(), str(database.add_item())
+    user_id = database.add_user()
+    item_id = str(database.add_item())
     headers = {"traceparent": f"00-{TRACE_ID}-{CALLERS_SPAN}-01"}
     with Collector() as collector, traced(migrated_port, collector.url) as (service, watched):
         assert post_debit(service, user_id, item_id, headers=headers).status_code == 200
@@ -123,7 +125,8 @@ def test_a_debit_is_one_trace_from_the_caller_to_both_dependencies(
 def test_every_debit_of_a_batch_leads_to_the_call_that_carried_it(
     migrated_port: int, database: Database
 ) -> None:
-    users, item_id = [database.add_user() for _ in range(40)], database.add_item()
+    users = [database.add_user() for _ in range(40)]
+    item_id = database.add_item()
     together = threading.Barrier(len(users))
 
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
@@ -144,7 +147,8 @@ def test_every_debit_of_a_batch_leads_to_the_call_that_carried_it(
 
 
 def test_a_failed_call_is_marked_in_the_trace(migrated_port: int, database: Database) -> None:
-    user_id, unknown_item = database.add_user(), uuid4()
+    user_id = database.add_user()
+    unknown_item = uuid4()
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
         assert post_debit(service, user_id, unknown_item).status_code == 404
         collector.await_spans("POST /payments/debit", 1)
@@ -159,7 +163,8 @@ def test_a_failed_call_is_marked_in_the_trace(migrated_port: int, database: Data
 def test_a_collector_that_fails_holds_up_nobody(
     migrated_port: int, database: Database, collector: str
 ) -> None:
-    user_id, item_id = database.add_user(), database.add_item()
+    user_id = database.add_user()
+    item_id = database.add_item()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = free_port() if collector == "gone" else silent.getsockname()[1]
         with traced(migrated_port, f"http://127.0.0.1:{port}") as (service, _):
@@ -172,7 +177,8 @@ def test_a_collector_that_fails_holds_up_nobody(
 def test_no_span_holds_what_the_database_said_of_a_row(
     migrated_port: int, database: Database
 ) -> None:
-    user_id, key = database.add_user(), f"refused-{uuid4()}"
+    user_id = database.add_user()
+    key = f"refused-{uuid4()}"
     item_id = database.add_item()
     with (
         refusing(database, "Transaction_History", f"idempotency_key <> '{key}'"),
@@ -213,7 +219,8 @@ def test_requests_sent_at_once_on_a_connection_stay_in_their_own_traces(
 
 
 def test_no_span_holds_the_callers_key_or_a_user(migrated_port: int, database: Database) -> None:
-    user_id, key = database.add_user(), "key-of-the-caller"
+    user_id = database.add_user()
+    key = "key-of-the-caller"
     item_id = database.add_item()
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
         charged = post_debit(service, user_id, item_id, key)
