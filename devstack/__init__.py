@@ -1,1 +1,1 @@
-"""Everything the service needs on a laptop; for development and tests, never in the image."""
+"""The dependencies of the service on a laptop, for development and tests; not part of the image."""

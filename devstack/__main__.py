@@ -1,4 +1,4 @@
-"""`python -m devstack`: Ctrl-C ends it with one line, also while the libraries are imported."""
+"""The command `python -m devstack`; Ctrl-C stops it with one line, even during imports."""
 
 import signal
 import sys
@@ -8,7 +8,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main() -> None:
-    # SIGINT too: a shell lets what it starts in the background ignore it.
+    """Run the stack until it fails or a signal stops it."""
+    # Also SIGINT: a shell starts background processes with SIGINT ignored.
     for number in SIGNALS:
         signal.signal(number, _interrupt_once)
     try:
@@ -20,10 +21,10 @@ def main() -> None:
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """Begin to stop, and ignore further signals, so that everything ends in order."""
+    """Begin to stop, and ignore further signals, so that every process stops in order."""
     del number, frame
-    for each in SIGNALS:
-        signal.signal(each, signal.SIG_IGN)
+    for other in SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

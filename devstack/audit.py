@@ -1,6 +1,6 @@
-"""Print what public.audit_ledger() finds; the exit status is 1 if anything is wrong.
+"""Print the findings of public.audit_ledger(); the exit status is 1 if there are any.
 
-The environment variable DATABASE_URL names the database; without it, the dev stack's is audited.
+The environment variable DATABASE_URL names the database; the default is the dev stack.
 """
 
 import argparse
@@ -20,17 +20,18 @@ select
 
 
 def main() -> None:
+    """Audit the database and print the result."""
     argparse.ArgumentParser(prog="python -m devstack.audit", description=__doc__).parse_args()
-    # Not an argument: every user of the machine can read those, and the address holds a password.
+    # Not an argument: other users of the machine can read arguments, and the URL has a password.
     url = os.environ.get("DATABASE_URL") or database_url(54322)
     try:
         with psycopg.connect(url, connect_timeout=5) as connection:
-            # What the function sets for itself holds only where PostgREST calls it.
+            # The function's own statement_timeout only works in calls through PostgREST.
             connection.execute("set statement_timeout = '10min'")
             faults = connection.execute("select * from public.audit_ledger()").fetchall()
             counts = connection.execute(COUNTS_SQL).fetchone()
     except psycopg.Error as error:
-        # The address may hold a password, so it is not repeated.
+        # The URL may contain a password, so it is not printed.
         sys.exit(
             f"The ledger could not be audited: {str(error).strip()}\n"
             "Is the dev stack running (make run)? Are the migrations applied?"

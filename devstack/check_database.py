@@ -1,4 +1,4 @@
-"""Report what keeps a database from being migrated; nothing is changed.
+"""Report the obstacles to migrating a database, without changing it.
 
 The environment variable DATABASE_URL names the database. The exit status is 1 if there is an
 obstacle, or if the database could not be checked.
@@ -14,15 +14,16 @@ from devstack.postgres import SUPABASE_DIRECTORY
 
 
 def main() -> None:
+    """Run the check of the first migration and print its result."""
     argparse.ArgumentParser(
         prog="DATABASE_URL=... make check-database", description=__doc__
     ).parse_args()
-    # Not an argument: every user of the machine can read those, and the address holds a password.
+    # Not an argument: other users of the machine can read arguments, and the URL has a password.
     url = os.environ.get("DATABASE_URL")
     if not url:
         sys.exit("Name the database: DATABASE_URL=postgresql://... make check-database")
     (file,) = (SUPABASE_DIRECTORY / "migrations").glob("*_check.sql")
-    # Without the statements around it, which open a transaction and make a schema.
+    # Without the surrounding statements, which begin a transaction and create a schema.
     _, check, _ = file.read_text().split("$check$")
     try:
         with psycopg.connect(url, connect_timeout=5) as connection:

@@ -1,4 +1,4 @@
-"""Connections to Postgres that are kept, at most so many, and made anew when one breaks."""
+"""A pool of connections to Postgres that replaces broken connections."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -13,7 +13,7 @@ CONNECT_TIMEOUT_SECONDS = 3
 
 
 class Connections:
-    """A pool that connects when asked, so that a database that is down is told at once."""
+    """A pool that connects on demand, so that an unreachable database is reported immediately."""
 
     def __init__(self, database_url: str, size: int) -> None:
         self._database_url = database_url
@@ -22,10 +22,10 @@ class Connections:
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[AsyncConnection]:
-        """Lend a connection; commit at the block's end, roll back on an error.
+        """Provide a connection; commit at the end of the block, roll back on an error.
 
         Raises:
-            GatewayError: no connection was free, or could be made, or this one broke.
+            GatewayError: no connection became free, connecting failed, or the connection broke.
         """
         try:
             async with asyncio.timeout(ACQUISITION_TIMEOUT_SECONDS):
@@ -51,6 +51,7 @@ class Connections:
             self._permits.release()
 
     async def close(self) -> None:
+        """Close the idle connections."""
         while self._idle:
             await self._idle.pop().close()
 

@@ -1,6 +1,6 @@
 """A stand-in for Supabase's PostgREST: POST /rest/v1/rpc/{function}, for development and tests.
 
-What it answers was observed of PostgREST 12.2; https://docs.postgrest.org says what is meant.
+Its responses are those recorded from PostgREST 12.2; see https://docs.postgrest.org.
 """
 
 import json
@@ -19,8 +19,8 @@ from devstack.connections import Connections
 from devstack.gateway_errors import GatewayError, database_error
 from devstack.gateway_tokens import read_claims
 
-# The settings of the transaction, and what is to be known of the function, in one round trip. A
-# statement_timeout of the function has to hold before the statement that calls it begins.
+# Read the signature of the function and set the transaction's settings in one round trip. The
+# statement_timeout of the function must be set before the statement that calls it begins.
 BEGIN_SQL = """
 with candidates as (
   select
@@ -63,7 +63,7 @@ select
 
 @dataclass(frozen=True)
 class Function:
-    """What the catalogue says of a function: argument names and types, the first ones required."""
+    """Signature of a function from the catalog; the first `required` arguments have no default."""
 
     returns_set: bool
     returns_void: bool
@@ -72,6 +72,7 @@ class Function:
     statement_timeout: str | None
 
     def takes(self, names: set[str]) -> bool:
+        """Return whether the function can be called with these argument names."""
         known = [name for name, _ in self.arguments]
         return set(known[: self.required]) <= names <= set(known)
 
@@ -79,7 +80,7 @@ class Function:
 def create_gateway(
     database_url: str, jwt_secret: str, schema: str = "public", pool_size: int = 10
 ) -> Starlette:
-    """Make the gateway; `database_url` logs in as `authenticator`, which may become the roles."""
+    """Create the gateway; `database_url` logs in as `authenticator`, which can switch roles."""
     connections = Connections(database_url, pool_size)
 
     async def post_call(request: Request) -> Response:
@@ -124,7 +125,7 @@ async def _call(
 
 
 def _read_arguments(body: bytes) -> tuple[str, set[str]]:
-    """Return the body, unchanged, and the names in it."""
+    """Return the body unchanged, and the names of its members."""
     try:
         text = body.decode() or "{}"
         parsed = json.loads(text)
@@ -138,7 +139,7 @@ def _read_arguments(body: bytes) -> tuple[str, set[str]]:
 def _choose(
     candidates: list[dict[str, object]], schema: str, name: str, arguments: set[str]
 ) -> Function:
-    functions = [Function(**candidate) for candidate in candidates]  # type: ignore[arg-type]  # from the catalogue
+    functions = [Function(**candidate) for candidate in candidates]  # type: ignore[arg-type]  # from the catalog
     matching = [function for function in functions if function.takes(arguments)]
     if len(matching) == 1:
         return matching[0]
@@ -173,7 +174,7 @@ async def _run(
     )
     source = sql.SQL("{} as result").format(call)
     if given:
-        # Postgres reads the values itself, so its own messages come back and no digit is lost.
+        # Postgres parses the values, so that its own messages are returned and no digit is lost.
         columns = sql.SQL(", ").join(
             sql.SQL("{} {}").format(sql.Identifier(arg), sql.SQL(kind)) for arg, kind in given
         )
@@ -185,7 +186,7 @@ async def _run(
         rows = sql.SQL("null::json")
     empty = sql.Literal("[]" if function.returns_set else "null")
     query = sql.SQL("select coalesce({}, {})::text from {}").format(rows, empty, source)
-    answer = await (await connection.execute(query, {"body": body})).fetchone()
+    row = await (await connection.execute(query, {"body": body})).fetchone()
     if function.returns_void:
         return Response(status_code=204)
-    return Response(answer[0] if answer else "", media_type="application/json; charset=utf-8")
+    return Response(row[0] if row else "", media_type="application/json; charset=utf-8")

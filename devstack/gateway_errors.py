@@ -1,4 +1,4 @@
-"""Errors as PostgREST words them, and the HTTP status that each Postgres error code becomes."""
+"""Errors in the format of PostgREST, and the HTTP status for each Postgres error code."""
 
 import json
 import re
@@ -20,7 +20,7 @@ STATUS_BY_CODE = {
 
 
 class GatewayError(Exception):
-    """An answer other than the function's result."""
+    """A response other than the result of the function."""
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class GatewayError(Exception):
         self.challenge = challenge
 
     def response(self) -> Response:
+        """Return the HTTP response for this error."""
         headers = {}
         if self.status == 401:
             headers["WWW-Authenticate"] = self.challenge
@@ -52,7 +53,7 @@ class GatewayError(Exception):
 
 
 def status_of(code: str, role: str) -> int:
-    """Choose the HTTP status of a Postgres error; who is nobody is asked to say who he is."""
+    """Return the HTTP status for a Postgres error; 401 instead of 403 for anonymous requests."""
     if raised := re.fullmatch(r"PT(\d{3})", code):
         return int(raised[1])
     if code.startswith("PT"):
@@ -64,7 +65,7 @@ def status_of(code: str, role: str) -> int:
 
 
 def database_error(error: psycopg.Error, role: str) -> GatewayError:
-    """Word an error that the database reported as PostgREST does."""
+    """Convert an error of the database to the format of PostgREST."""
     code = error.sqlstate or "XX000"
     return GatewayError(
         status_of(code, role),

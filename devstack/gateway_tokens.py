@@ -1,4 +1,4 @@
-"""Who calls the gateway: the claims of a JWT signed with HS256, as Supabase's keys are."""
+"""Authentication of the gateway: JWTs signed with HS256, such as Supabase's keys."""
 
 from collections.abc import Mapping
 
@@ -10,10 +10,10 @@ ANONYMOUS = "anon"
 
 
 def read_claims(headers: Mapping[str, str], secret: str) -> dict[str, object]:
-    """Check the token in Authorization, or else in apikey; nobody is `anon`.
+    """Return the claims of the token in Authorization or apikey; the role is `anon` without one.
 
     Raises:
-        GatewayError: the token is not one, not signed with the secret, or has expired.
+        GatewayError: the token is malformed, not signed with the secret, or expired.
     """
     scheme, _, bearer = headers.get("authorization", "").partition(" ")
     token = bearer.strip() if scheme.lower() == "bearer" else headers.get("apikey", "")
@@ -22,20 +22,20 @@ def read_claims(headers: Mapping[str, str], secret: str) -> dict[str, object]:
     parts = token.count(".") + 1
     if parts != 3:
         parse = f"CompactDecodeError Invalid number of parts: Expected 3 parts; got {parts}"
-        raise _refusal(f"JWSError ({parse})")
+        raise _invalid_token(f"JWSError ({parse})")
     try:
         claims: dict[str, object] = jwt.decode(
             token, secret, algorithms=["HS256"], options={"verify_aud": False}
         )
     except jwt.ExpiredSignatureError:
-        raise _refusal("JWT expired") from None
+        raise _invalid_token("JWT expired") from None
     except jwt.InvalidAlgorithmError:
-        raise _refusal("JWSError JWSNoSignatures") from None
+        raise _invalid_token("JWSError JWSNoSignatures") from None
     except jwt.InvalidTokenError:
-        raise _refusal("JWSError JWSInvalidSignature") from None
+        raise _invalid_token("JWSError JWSInvalidSignature") from None
     return {"role": ANONYMOUS} | claims
 
 
-def _refusal(message: str) -> GatewayError:
+def _invalid_token(message: str) -> GatewayError:
     challenge = f'Bearer error="invalid_token", error_description="{message}"'
     return GatewayError(401, "PGRST301", message, challenge=challenge)

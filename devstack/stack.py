@@ -1,4 +1,4 @@
-"""Start everything that the payment service needs on this machine, and the service itself."""
+"""Start the payment service and its dependencies on this machine."""
 
 import argparse
 import errno
@@ -33,7 +33,7 @@ COFFEE = "550e8400-e29b-41d4-a716-446655440000"
 
 
 class StackFailed(Exception):
-    """The stack cannot start or go on; the message says why and what to do."""
+    """The stack cannot start or continue; the message says why and what to do."""
 
 
 def run() -> str:
@@ -44,7 +44,7 @@ def run() -> str:
             service = _start(arguments, stack)
             _print_addresses(arguments)
             code = service.wait()
-            raise StackFailed(f"The payment service ended by itself with status {code}.")
+            raise StackFailed(f"The payment service exited with status {code}.")
     except (StackFailed, PostgresFailed) as error:
         return f"devstack: {error}"
     except psycopg.Error as error:
@@ -81,7 +81,7 @@ def _start(arguments: argparse.Namespace, stack: ExitStack) -> subprocess.Popen[
     data: Path = arguments.data.resolve()
     stack.enter_context(_only_stack_in(data))
     cluster = place_cluster(data)
-    stop_postgres(cluster)  # left behind when a stack was killed
+    stop_postgres(cluster)  # of an earlier stack that was killed
     _refuse_taken_ports(arguments)
 
     _print_place(arguments.data, cluster)
@@ -119,7 +119,9 @@ def _only_stack_in(data: Path) -> Iterator[None]:
     data.mkdir(parents=True, exist_ok=True)
     with (data / "lock").open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel at any end
+            fcntl.flock(
+                lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # the kernel releases it when the process ends
         except BlockingIOError:
             raise StackFailed(
                 f"A dev stack is already running on {data}; another needs ports of its own and "
@@ -129,11 +131,11 @@ def _only_stack_in(data: Path) -> Iterator[None]:
 
 
 def _refuse_taken_ports(arguments: argparse.Namespace) -> None:
-    with ExitStack() as probes:  # all held until the last is tried, so that none is named twice
+    with ExitStack() as probes:  # all stay bound, so that a port given twice fails
         for option in ("port", "products_port", "gateway_port", "postgres_port"):
             port = getattr(arguments, option)
             try:
-                _hold(port, probes)
+                _bind(port, probes)
             except OSError as error:
                 flag = f"--{option.replace('_', '-')}"
                 remedy = "End the program that holds it, or choose"
@@ -145,8 +147,8 @@ def _refuse_taken_ports(arguments: argparse.Namespace) -> None:
                 ) from None
 
 
-def _hold(port: int, probes: ExitStack) -> None:
-    """Listen where `localhost` leads: a program on ::1 would get the requests of curl."""
+def _bind(port: int, probes: ExitStack) -> None:
+    """Listen on both addresses of `localhost`; curl would prefer a program on ::1."""
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
             probe = probes.enter_context(socket.socket(family))
@@ -155,14 +157,14 @@ def _hold(port: int, probes: ExitStack) -> None:
             probe.listen()
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise  # else the machine has no IPv6
+                raise  # otherwise, the machine has no IPv6
 
 
 @contextmanager
 def _server(
     name: str, port: int, postgres_port: int, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    # A session of its own keeps the terminal's Ctrl-C away, so that the servers end in order.
+    # In a new session, Ctrl-C of the terminal does not reach the servers; they stop in order.
     process = subprocess.Popen(
         [sys.executable, "-m", "devstack.server", name, str(port), str(postgres_port)],
         stdin=subprocess.PIPE,
@@ -181,7 +183,7 @@ def _server(
 
 def _await_ready(service: subprocess.Popen[bytes], port: int) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_SECONDS
-    # One client, without certificates: reading them would take the servers' processor time.
+    # One client without certificates: loading them would take CPU time from the servers.
     with httpx.Client(trust_env=False, verify=False) as client:  # noqa: S501 - HTTP only
         while time.monotonic() < deadline:
             if service.poll() is not None:
