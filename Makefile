@@ -22,7 +22,7 @@ run: $(INSTALLED) ## Start the service and all it needs on this machine; Ctrl-C 
 test: $(INSTALLED) ## Run all tests with the coverage of app
 	$(BIN)/python -m pytest tests/ --cov=app --cov-report=html --cov-report=term
 
-mutants: $(INSTALLED) ## Put mistakes into a copy and see that the property tests fail; ARGS="look-up"
+mutants: $(INSTALLED) ## Put mistakes into a copy and see that the property tests fail; ARGS="lookup"
 	@PYTHONPATH=.:tests $(BIN)/python -m mutants $(ARGS)
 
 simulate: $(INSTALLED) ## Run the service on a virtual clock with faults; ARGS="--minutes 30"

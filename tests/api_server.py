@@ -1,4 +1,4 @@
-"""A small Kubernetes API server on loopback: it stores what kubectl sends, with its defaults."""
+"""A small Kubernetes API server on loopback that stores the objects of kubectl with defaults."""
 
 import json
 from copy import deepcopy
@@ -8,7 +8,7 @@ from threading import Thread
 from typing import Any, Self
 from urllib.parse import urlsplit
 
-# The kinds of the manifests and their place in the API.
+# The kinds of the manifests, with their API versions and resource names.
 KINDS = {
     "Namespace": ("v1", "namespaces"),
     "ConfigMap": ("v1", "configmaps"),
@@ -54,7 +54,7 @@ def merge(target: Any, patch: Any) -> Any:
 
 
 def add_defaults(written: dict[str, Any]) -> dict[str, Any]:
-    """Return the object as the API server stores it: with the fields that it fills in."""
+    """Return the object with the default fields that the API server adds."""
     stored = deepcopy(written)
     spec = stored.get("spec", {})
     ports: list[dict[str, Any]] = []
@@ -81,12 +81,12 @@ def add_defaults(written: dict[str, Any]) -> dict[str, Any]:
 
 
 class ApiServer:
-    """Serves discovery and the objects; `objects` holds them by path, `calls` what changed them."""
+    """An API server; `objects` has the objects by path, `calls` the requests that changed them."""
 
     def __init__(self) -> None:
         self.objects: dict[str, dict[str, Any]] = {}
         self.calls: list[tuple[str, str]] = []
-        self.deleted: list[str] = []  # namespaces that are still there
+        self.deleted: list[str] = []  # namespaces whose deletion is not complete
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -101,6 +101,7 @@ class ApiServer:
         self._thread.join()
 
     def kubeconfig(self) -> dict[str, Any]:
+        """Return a configuration of kubectl for this server."""
         cluster = {"name": "test", "cluster": {"server": self.url}}
         context = {"name": "test", "context": {"cluster": "test", "user": ""}}
         config = {"clusters": [cluster], "contexts": [context], "current-context": "test"}
@@ -108,11 +109,11 @@ class ApiServer:
 
     def find(self, kind: str) -> dict[str, Any] | None:
         """Return the only object of a kind, or None."""
-        found = [one for one in self.objects.values() if one["kind"] == kind]
+        found = [stored for stored in self.objects.values() if stored["kind"] == kind]
         return found[0] if found else None
 
     def respond(self, method: str, path: str, body: Any) -> tuple[HTTPStatus, dict[str, Any]]:
-        """Do what a request asks; returns the status and the body of the response."""
+        """Handle a request; return the status and the body of the response."""
         if (found := discover(path)) is not None:
             return HTTPStatus.OK, found
         if method == "GET":
@@ -133,14 +134,14 @@ class ApiServer:
 
     def _read(self, path: str) -> tuple[HTTPStatus, dict[str, Any]]:
         if path.rpartition("/")[2] in {plural for _, plural in KINDS.values()}:
-            items = [one for other, one in self.objects.items() if other.startswith(f"{path}/")]
+            items = [stored for name, stored in self.objects.items() if name.startswith(f"{path}/")]
             listed = {"kind": "List", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}}
             return HTTPStatus.OK, listed | {"items": items}
-        if path in self.deleted:  # a namespace is emptied after a while, when nobody is looking
+        if path in self.deleted:  # a namespace is deleted asynchronously
             self.deleted.remove(path)
             inside = f"/namespaces/{path.rpartition('/')[2]}"
             self.objects = {
-                other: one for other, one in self.objects.items() if inside not in other
+                name: stored for name, stored in self.objects.items() if inside not in name
             }
         return (HTTPStatus.OK, self.objects[path]) if path in self.objects else NOT_FOUND
 
@@ -151,7 +152,7 @@ class ApiServer:
             del self.objects[path]
 
     def _scale(self, autoscaler: dict[str, Any]) -> None:
-        """Do what the autoscaler and the Deployment's controller do, at once."""
+        """Act as the autoscaler and as the controller of the Deployment, immediately."""
         deployment = self.find("Deployment")
         assert deployment is not None
         count = autoscaler["spec"]["minReplicas"]
@@ -162,15 +163,15 @@ class ApiServer:
 
 
 def discover(path: str) -> dict[str, Any] | None:
-    """Return the discovery document of a path, or None where the path names objects."""
+    """Return the discovery document of a path, or None if the path names objects."""
     versions = {version for version, _ in KINDS.values()}
     if path == "/api":
         return {"kind": "APIVersions", "versions": ["v1"]}
     if path == "/apis":
         groups = [
-            {"name": version.partition("/")[0], "versions": [one], "preferredVersion": one}
+            {"name": version.partition("/")[0], "versions": [entry], "preferredVersion": entry}
             for version in sorted(versions - {"v1"})
-            for one in [{"groupVersion": version, "version": version.partition("/")[2]}]
+            for entry in [{"groupVersion": version, "version": version.partition("/")[2]}]
         ]
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
     version = path.removeprefix("/apis/").removeprefix("/api/")
@@ -193,9 +194,9 @@ def _handler_of(api: ApiServer) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             given = json.loads(body) if body else None
             url = urlsplit(self.path)
-            code, answer = api.respond(self.command, url.path, given)
-            is_watch = "watch=true" in url.query  # nothing happens later: an empty stream
-            sent = b"" if is_watch else json.dumps(answer).encode()
+            code, response = api.respond(self.command, url.path, given)
+            is_watch = "watch=true" in url.query  # no later events: an empty stream
+            sent = b"" if is_watch else json.dumps(response).encode()
             self.send_response(code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(sent)))

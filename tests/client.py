@@ -1,4 +1,4 @@
-"""A caller of the service: its HTTP client, and the two requests that a caller sends."""
+"""The HTTP client of the tests and its two requests: a debit and a lookup."""
 
 from collections.abc import Mapping
 
@@ -6,7 +6,7 @@ import httpx
 
 
 def connect(url: str | httpx.URL, *, timeout: float = 30) -> httpx.Client:
-    """Make a client for an address. No test uses TLS, and reading certificates takes 80 ms."""
+    """Create a client for an address, without certificates: loading them takes 80 ms."""
     return httpx.Client(base_url=url, timeout=timeout, verify=False)  # noqa: S501
 
 
@@ -19,7 +19,7 @@ def post_debit(
     expected_price: int | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> httpx.Response:
-    """Ask for a debit, under an idempotency key if there is one."""
+    """Send a debit, with an idempotency key if there is one."""
     body = {"user_id": user_id, "item_id": str(item_id)}
     if expected_price is not None:
         body["expected_price"] = expected_price
@@ -27,12 +27,12 @@ def post_debit(
     return service.post("/payments/debit", json=body, headers=with_key | dict(headers or {}))
 
 
-def ask_outcome(service: httpx.Client, user_id: object, key: str) -> httpx.Response:
-    """Look up what became of a debit."""
+def get_outcome(service: httpx.Client, user_id: object, key: str) -> httpx.Response:
+    """Look up the outcome of a debit."""
     query = {"user_id": str(user_id), "idempotency_key": key}
     return service.get("/payments/outcome", params=query)
 
 
 def code_of(response: httpx.Response) -> str:
-    """Return the code of a problem; "debited" for a debit that was charged."""
+    """Return the code of a problem, or "debited" for a payment."""
     return str(response.json().get("code", "debited"))

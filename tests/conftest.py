@@ -1,4 +1,4 @@
-"""The real parts that tests share: Postgres, the gateway, the products service, the service."""
+"""Fixtures that tests share: Postgres, the gateway, the products service and the service."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -20,19 +20,19 @@ from devstack.postgres import apply_migrations, database_url, running_postgres
 from devstack.products import create_products
 from devstack.server_account import temporary_folder
 
-# For make mutants, which only asks whether a property fails: no shrinking.
+# For `make mutants`, which only needs to know whether a property fails: no shrinking.
 settings.register_profile("mutants", phases=[Phase.generate], database=None, derandomize=True)
 
 
 POSTGRES_PARAMETERS = (
-    # The data is thrown away; writing hundreds of databases to disk takes a minute.
+    # The data is temporary; writing hundreds of databases to disk takes a minute.
     "fsync=off",
     "full_page_writes=off",
     "synchronous_commit=off",
-    "jit=off",  # Debian's PostgreSQL 15 would compile queries of the catalog again and again
+    "jit=off",  # Debian's PostgreSQL 15 would compile catalog queries repeatedly
 )
 
-# The files that take longest, which start first, so that no worker is left alone with one.
+# The slowest files start first, so that the workers finish at about the same time.
 LONG_FILES = (
     "test_simulation.py",
     "test_existing_databases.py",
@@ -48,14 +48,14 @@ LONG_FILES = (
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not hasattr(config, "workerinput"):
-        return  # only one process runs them: they keep the order of the command line
+        return  # a single process keeps the order of the command line
     place = {name: number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(scope="session")
 def postgres_port() -> Iterator[int]:
-    """A server with an empty database; not in pytest's folder, which only root may enter."""
+    """Run a server with an empty database, outside pytest's folder, which only root can enter."""
     port = free_port()
     with (
         temporary_folder() as folder,
@@ -96,7 +96,7 @@ def products_url(migrated_port: int) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def service(gateway_url: str, products_url: str) -> Iterator[httpx.Client]:
-    """The payment service on real parts, and a client; what a test changes of an item holds now."""
+    """Return a client of the payment service, which has real dependencies and no item cache."""
     settings = make_settings(
         supabase_url=gateway_url, products_service_url=products_url, products_cache_seconds=0
     )
@@ -106,7 +106,7 @@ def service(gateway_url: str, products_url: str) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def start_service(gateway_url: str, products_url: str) -> Iterator[Callable[..., httpx.Client]]:
-    """Start a service of the test's own, with other dependencies or settings."""
+    """Start services with other dependencies or settings."""
     with ExitStack() as stack:
 
         def start(
@@ -122,7 +122,7 @@ def start_service(gateway_url: str, products_url: str) -> Iterator[Callable[...,
 
 
 @pytest.fixture(autouse=True)
-def _databases_end_with_their_test() -> Iterator[None]:
+def _drop_databases_of_the_test() -> Iterator[None]:
     yield
     drop_databases()
 

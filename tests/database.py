@@ -1,4 +1,4 @@
-"""The database as its owner sees it, with what a test needs put in and looked up."""
+"""Access to the database as its owner: insert test data and read results."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from devstack.postgres import database_url
 
 @dataclass(frozen=True)
 class Database:
-    """A connection, and the questions and entries that tests share."""
+    """A connection of the owner, with queries and inserts that tests share."""
 
     connection: psycopg.Connection
 
     def add_user(self, balance: int = 5000, *, active: bool = True, user_id: int = 0) -> int:
-        user_id = user_id or uuid4().int >> 66  # 62 random bits: a number past 2^53
+        user_id = user_id or uuid4().int >> 66  # 62 random bits: more than 2^53
         self.connection.execute(
             'insert into public."Users" (card_id, name, balance, active) values (%s, %s, %s, %s)',
             (user_id, "test", balance, active),
@@ -41,7 +41,7 @@ class Database:
         return balance
 
     def debits(self, user_id: int) -> list[int]:
-        """What was charged, in the order of the entries."""
+        """Return the amounts charged, in the order of the entries."""
         rows = self.connection.execute(
             'select -amount_delta from public."Transaction_History" '
             "where user_id = %s and kind = 'debit' order by seq",
@@ -62,15 +62,15 @@ class Database:
 
 
 @contextmanager
-def refusing(database: Database, table: str, condition: str) -> Iterator[None]:
-    """Let the database refuse every new row that does not fulfil a condition."""
+def rejecting(database: Database, table: str, condition: str) -> Iterator[None]:
+    """Make the database reject new rows that do not fulfil a condition."""
     database.connection.execute(
-        f'alter table public."{table}" add constraint refusing check ({condition}) not valid'
+        f'alter table public."{table}" add constraint rejecting check ({condition}) not valid'
     )
     try:
         yield
     finally:
-        database.connection.execute(f'alter table public."{table}" drop constraint refusing')
+        database.connection.execute(f'alter table public."{table}" drop constraint rejecting')
 
 
 SUPABASE_GRANTS = """
@@ -87,7 +87,7 @@ created: list[tuple[int, str]] = []  # databases of the test that runs: port and
 
 
 def create_database(port: int, name: str) -> str:
-    """Make an empty database with the grants of Supabase, until the test ends; its address."""
+    """Create an empty database with Supabase's grants, for one test; return its URL."""
     with psycopg.connect(database_url(port), autocommit=True) as admin:
         admin.execute(f"create database {name}")
     created.append((port, name))
@@ -98,7 +98,7 @@ def create_database(port: int, name: str) -> str:
 
 
 def drop_databases() -> None:
-    """Drop what create_database has made: a base backup or a shutdown would have to write it."""
+    """Drop the databases of create_database; they would slow down base backups and shutdowns."""
     while created:
         port, name = created.pop()
         with psycopg.connect(database_url(port), autocommit=True) as admin:
@@ -107,9 +107,9 @@ def drop_databases() -> None:
 
 @contextmanager
 def locked(port: int, *users: int) -> Iterator[psycopg.Connection]:
-    """Hold users' rows, so that their debits get as far as the database and wait there."""
-    with psycopg.connect(database_url(port)) as somebody:
-        somebody.execute(
+    """Lock the rows of users, so that their debits wait in the database."""
+    with psycopg.connect(database_url(port)) as blocker:
+        blocker.execute(
             'select from public."Users" where card_id = any(%s) for update', (list(users),)
         )
-        yield somebody
+        yield blocker

@@ -1,4 +1,4 @@
-"""The dev stack as a process: `python -m devstack`, started and stopped as people do."""
+"""The dev stack as a process: start and stop `python -m devstack`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from servers import free_port, unmeasured
+from servers import free_port, without_coverage
 
 START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 60
@@ -21,18 +21,21 @@ NAMES = ("--port", "--products-port", "--gateway-port", "--postgres-port")
 
 
 def free_stack_ports() -> dict[str, int]:
+    """Return a free port for each option of the dev stack."""
     return {name: free_port() for name in NAMES}
 
 
 def command(data: Path, ports: dict[str, int]) -> list[str]:
+    """Return the command that starts the stack."""
     options = [word for name, port in ports.items() for word in (name, str(port))]
     return [sys.executable, "-m", "devstack", "--data", str(data), *options]
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
     return subprocess.run(
         command,
-        env=unmeasured() | environment,
+        env=without_coverage() | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -48,9 +51,9 @@ def running_stack(
     environment: dict[str, str] | None = None,
     **options: Any,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start the stack, wait until it has printed its addresses, and end it with a signal.
+    """Start the stack, wait until it prints its addresses, and stop it with a signal at the end.
 
-    It starts as a shell starts what runs in the background: with SIGINT ignored.
+    It starts with SIGINT ignored, as background processes of a shell do.
     """
     in_background = ["sh", "-c", 'trap "" INT; exec "$@"', "sh", *command(data, ports)]
     with subprocess.Popen(
@@ -58,7 +61,7 @@ def running_stack(
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=unmeasured() | (environment or {}),
+        env=without_coverage() | (environment or {}),
         **options,
     ) as stack:
         printed = read_until_up(stack)
@@ -71,6 +74,7 @@ def running_stack(
 
 
 def read_until_up(stack: subprocess.Popen[str]) -> str:
+    """Read the output until the stack is up; return the output."""
     assert stack.stdout is not None
     watchdog = threading.Timer(START_TIMEOUT_SECONDS, stack.kill)
     watchdog.start()
@@ -85,35 +89,37 @@ def read_until_up(stack: subprocess.Popen[str]) -> str:
 
 
 def interrupted_start(command: list[str], moment: str) -> subprocess.CompletedProcess[str]:
-    """Press Ctrl-C when the stack prints a line, or while it still imports its libraries."""
+    """Send SIGINT when the stack prints `moment`, or during its imports if that is empty."""
     with subprocess.Popen(
         [sys.executable, "-X", "importtime", *command[1:]] if not moment else command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=unmeasured(),
+        env=without_coverage(),
     ) as stack:
         assert stack.stdout is not None
         assert stack.stderr is not None
-        seen = stack.stdout if moment else stack.stderr
-        printed = next(line for line in seen if (moment or "httpx") in line)
+        output = stack.stdout if moment else stack.stderr
+        printed = next(line for line in output if (moment or "httpx") in line)
         os.killpg(stack.pid, signal.SIGINT)
         rest, errors = stack.communicate(timeout=STOP_TIMEOUT_SECONDS)
     return subprocess.CompletedProcess(command, stack.returncode, printed + rest, errors)
 
 
 def run_curl_line(printed: str) -> dict[str, Any]:
+    """Run the curl command that the stack printed; return its response."""
     line = re.search(r"^curl .*\n.*$", printed, re.MULTILINE)
     assert line is not None
-    answer = subprocess.run(
+    ended = subprocess.run(
         ["sh", "-c", line[0]], capture_output=True, text=True, check=True, timeout=60
     )
-    parsed: dict[str, Any] = json.loads(answer.stdout)
+    parsed: dict[str, Any] = json.loads(ended.stdout)
     return parsed
 
 
 def assert_free(ports: dict[str, int]) -> None:
+    """Assert that no process listens on the ports."""
     for port in ports.values():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

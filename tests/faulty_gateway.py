@@ -1,50 +1,50 @@
-"""A proxy before the gateway that breaks calls of debit_use, before or after they are done."""
+"""A proxy in front of the gateway that makes calls of debit_use fail before or after execution."""
 
 import socket
 from collections.abc import Callable
 
 from relay import Relay
-from servers import http_answer
+from servers import http_response
 
-PROXY_PAGE = http_answer("502 Bad Gateway", b"<html>Bad Gateway</html>", "text/html")
+PROXY_PAGE = http_response("502 Bad Gateway", b"<html>Bad Gateway</html>", "text/html")
 
-# What becomes of a call: is it passed on, and what is sent back ("{}" is the gateway's answer).
+# For each fault: whether the call is forwarded, and what is sent back.
 FAULTS: dict[str, tuple[bool, bytes | str]] = {
-    "closed before it was passed on": (False, b""),
-    "closed instead of the answer": (True, b""),
-    "cut off in the answer": (True, "cut"),
-    "silent, not passed on": (False, "silent"),
-    "silent instead of the answer": (True, "silent"),
-    "proxy page, not passed on": (False, PROXY_PAGE),
-    "proxy page instead of the answer": (True, PROXY_PAGE),
-    "HTML with status 200 instead of the answer": (
+    "closed before forwarding": (False, b""),
+    "closed instead of the response": (True, b""),
+    "cut off within the response": (True, "cut"),
+    "silent, not forwarded": (False, "silent"),
+    "silent instead of the response": (True, "silent"),
+    "proxy page, not forwarded": (False, PROXY_PAGE),
+    "proxy page instead of the response": (True, PROXY_PAGE),
+    "HTML with status 200 instead of the response": (
         True,
-        http_answer("200 OK", b"<html>Welcome</html>", "text/html"),
+        http_response("200 OK", b"<html>Welcome</html>", "text/html"),
     ),
     "database lost, perhaps after the commit": (
         True,
-        http_answer("503 Service Unavailable", b'{"code": "PGRST001"}'),
+        http_response("503 Service Unavailable", b'{"code": "PGRST001"}'),
     ),
     "internal error of the gateway": (
         True,
-        http_answer("500 Internal Server Error", b'{"code": "PGRSTX00"}'),
+        http_response("500 Internal Server Error", b'{"code": "PGRSTX00"}'),
     ),
     "database unreachable": (
         False,
-        http_answer("503 Service Unavailable", b'{"code": "PGRST000"}'),
+        http_response("503 Service Unavailable", b'{"code": "PGRST000"}'),
     ),
-    "pool exhausted": (False, http_answer("504 Gateway Timeout", b'{"code": "PGRST003"}')),
-    "statement timeout": (False, http_answer("500 Internal Server Error", b'{"code": "57014"}')),
+    "pool exhausted": (False, http_response("504 Gateway Timeout", b'{"code": "PGRST003"}')),
+    "statement timeout": (False, http_response("500 Internal Server Error", b'{"code": "57014"}')),
     "aborted transaction kept": (
         False,
-        http_answer("500 Internal Server Error", b'{"code": "25P02"}'),
+        http_response("500 Internal Server Error", b'{"code": "25P02"}'),
     ),
-    "node lost at commit": (True, http_answer("500 Internal Server Error", b'{"code": "XX000"}')),
+    "node lost at commit": (True, http_response("500 Internal Server Error", b'{"code": "XX000"}')),
 }
 
 
 class FaultyGateway(Relay):
-    """Asks `choose` for the fault of each call of debits; None lets it through unharmed."""
+    """Call `choose` for the fault of each debit call; forward the call unchanged if it is None."""
 
     def __init__(self, gateway_url: str, choose: Callable[[], str | None]) -> None:
         super().__init__(gateway_url, self._relay)
@@ -53,17 +53,17 @@ class FaultyGateway(Relay):
 
     def _relay(self, connection: socket.socket, request: bytes) -> None:
         if not request:
-            return  # a connection that was only opened
+            return  # a connection without a request
         fault = self._choose() if self.faulty_calls in request else None
-        passed_on, sent = FAULTS[fault] if fault else (True, "whole")
-        answer = self.pass_on(request) if passed_on else b""
+        is_forwarded, sent = FAULTS[fault] if fault else (True, "whole")
+        response = self.forward(request) if is_forwarded else b""
         match sent:
             case "whole":
-                connection.sendall(answer)
+                connection.sendall(response)
             case "cut":
-                connection.sendall(answer[: -len(answer) // 3])
+                connection.sendall(response[: -len(response) // 3])
             case "silent":
                 connection.settimeout(30)
-                connection.recv(1)  # until the other side has had enough
+                connection.recv(1)  # until the client closes the connection
             case bytes():
                 connection.sendall(sent)

@@ -1,4 +1,4 @@
-"""An issuer of tokens on loopback: real keys, real signatures, and a JWK set over HTTP."""
+"""A token issuer on loopback: real keys, real signatures, and a JWK set over HTTP."""
 
 import json
 import socket
@@ -12,19 +12,19 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
-from servers import SocketServer, http_answer
+from servers import SocketServer, http_response
 
 ISSUER = "https://login.example.org/realms/shop"
 AUDIENCE = "payment-service"
 ROLE = "payments"
-LET_IN = "payment_not_found"  # what `ask` is told by whoever lets it in
+ACCEPTED = "payment_not_found"  # the code of `look_up` with an accepted token
 
 Start = Callable[..., httpx.Client]
 
 
 @cache
 def private_key(name: str, algorithm: str) -> Any:
-    """Make a key of the kind that the algorithm signs with; the same one for the same name."""
+    """Return the private key for a name and an algorithm; the same arguments, the same key."""
     del name
     if algorithm.startswith("ES"):
         return ec.generate_private_key(ec.SECP256R1() if algorithm == "ES256" else ec.SECP384R1())
@@ -34,13 +34,14 @@ def private_key(name: str, algorithm: str) -> Any:
 
 
 def public_pem(name: str, algorithm: str) -> bytes:
+    """Return a public key in the PEM format."""
     key = private_key(name, algorithm).public_key()
     pem: bytes = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return pem
 
 
 def published(name: str, algorithm: str, **members: str) -> dict[str, Any]:
-    """Write a public key as a member of a JWK set."""
+    """Return a public key as a member of a JWK set."""
     makers = {"E": OKPAlgorithm if algorithm == "EdDSA" else ECAlgorithm}
     maker = makers.get(algorithm[0], RSAAlgorithm)
     jwk = maker.to_jwk(private_key(name, algorithm).public_key(), as_dict=True)
@@ -50,9 +51,9 @@ def published(name: str, algorithm: str, **members: str) -> dict[str, Any]:
 def make_token(
     key: str = "first", algorithm: str = "RS256", *, key_id: str | None = None, **claims: Any
 ) -> str:
-    """Sign a token that is valid for a minute, unless the claims say otherwise; None leaves out.
+    """Sign a token that is valid for a minute; a claim of None and an empty key id are left out.
 
-    An empty key id leaves out that too.
+    Other claims replace the defaults.
     """
     all_claims = {
         "iss": ISSUER,
@@ -67,7 +68,7 @@ def make_token(
 
 
 class Issuer(SocketServer):
-    """Publishes keys, counts who asks for them, and can go down."""
+    """An issuer that publishes keys, counts its calls, and can fail."""
 
     def __init__(self, *keys: dict[str, Any]) -> None:
         super().__init__(self._publish)
@@ -76,32 +77,33 @@ class Issuer(SocketServer):
         self.is_up = True
         self.is_silent = False
 
-    def answer(self) -> bytes:
-        """What is published now; nothing while it is down."""
+    def response(self) -> bytes:
+        """Return the response with the current keys; b"" while the issuer is down."""
         body = json.dumps({"keys": self.keys}).encode()
-        return http_answer("200 OK", body) if self.is_up else b""
+        return http_response("200 OK", body) if self.is_up else b""
 
     def _publish(self, connection: socket.socket, request: bytes) -> None:
         del request
         self.calls += 1
         if self.is_silent:
             connection.settimeout(30)
-            connection.recv(1)  # until the other side gives up
-        connection.sendall(self.answer())
+            connection.recv(1)  # until the client closes the connection
+        connection.sendall(self.response())
 
 
 def start(start_service: Start, issuer: Issuer, **settings: object) -> httpx.Client:
-    """Start a service that asks for tokens of this issuer."""
+    """Start a service that requires tokens of this issuer."""
     rules = {"auth_issuer": ISSUER, "auth_audience": AUDIENCE, "auth_required_role": ROLE}
     return start_service(auth_jwks_url=f"{issuer.url}/certs", **(rules | settings))
 
 
-def ask(service: httpx.Client, token: str | None) -> httpx.Response:
-    """Ask for an outcome that nobody has: whoever may call is told so."""
+def look_up(service: httpx.Client, token: str | None) -> httpx.Response:
+    """Look up an outcome that does not exist; the code is ACCEPTED if the token is accepted."""
     headers = {"Authorization": f"Bearer {token}"} if token is not None else {}
     query = {"user_id": "1", "idempotency_key": "never-used"}
     return service.get("/payments/outcome", params=query, headers=headers)
 
 
 def code(response: httpx.Response) -> str:
+    """Return the code of a problem."""
     return str(response.json()["code"])

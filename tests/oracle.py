@@ -1,4 +1,4 @@
-"""A small model of the contract that predicts every answer and every balance."""
+"""A small model of the contract that predicts every outcome and every balance."""
 
 from dataclasses import dataclass, field, replace
 from uuid import UUID
@@ -14,13 +14,13 @@ class Item:
 class User:
     balance: int
     is_active: bool = True
-    answers: dict[str, "Answer"] = field(default_factory=dict)
+    predictions: dict[str, "Prediction"] = field(default_factory=dict)
     debits: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Debit:
-    """A debit as the service or the database takes it; over HTTP user and item are never None."""
+    """A debit as the service or the database receives it; only the database receives None."""
 
     user_id: int | None
     item_id: UUID | None
@@ -29,15 +29,15 @@ class Debit:
     actor: str | None = None
 
     def is_repeated_by(self, other: "Debit") -> bool:
-        """Tell whether another debit under the same key is the same request."""
+        """Return whether another debit with the same key is a retry of this debit."""
         return replace(self, actor=None) == replace(other, actor=None) and (
             None in (self.actor, other.actor) or self.actor == other.actor
         )
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a debit is answered: a code ("debited" if it went through) and its figures."""
+class Prediction:
+    """Predicted outcome of a debit: a code ("debited" on success) and the amounts."""
 
     debit: Debit
     code: str
@@ -47,51 +47,52 @@ class Answer:
 
 
 class Oracle:
-    """The books as they should be. Nobody has the user None, nothing is the item None."""
+    """The users and items as they should be; None is an unknown user or item."""
 
     def __init__(self) -> None:
         self.users: dict[int | None, User] = {}
         self.items: dict[UUID | None, Item] = {}
 
-    def post(self, debit: Debit) -> tuple[Answer, bool]:
-        """Predict the service's answer: the products service is asked before the database."""
+    def post(self, debit: Debit) -> tuple[Prediction, bool]:
+        """Predict the response of the service, which checks the item before the database call."""
         item = self.items.get(debit.item_id)
         if item and item.is_active:
             return self.debit(debit)
         earlier = self.find(debit.user_id, debit.key)
         if earlier and earlier.debit.is_repeated_by(debit):
             return earlier, True
-        return Answer(debit, "item_inactive" if item else "item_not_found"), False
+        return Prediction(debit, "item_inactive" if item else "item_not_found"), False
 
-    def debit(self, debit: Debit) -> tuple[Answer, bool]:
-        """Predict the database's answer and whether it is a replay; charge the user if so."""
+    def debit(self, debit: Debit) -> tuple[Prediction, bool]:
+        """Predict the outcome of the database and whether it is a replay; charge the user."""
         user = self.users.get(debit.user_id)
         if user is None:
-            return Answer(debit, "user_not_found"), False
+            return Prediction(debit, "user_not_found"), False
         if earlier := self.find(debit.user_id, debit.key):
             if earlier.debit.is_repeated_by(debit):
                 return earlier, True
-            return Answer(debit, "idempotency_key_reused"), False
-        answer = self._decide(debit, user, self.items.get(debit.item_id))
+            return Prediction(debit, "idempotency_key_reused"), False
+        prediction = self._decide(debit, user, self.items.get(debit.item_id))
         if debit.key:
-            user.answers[debit.key] = answer
-        return answer, False
+            user.predictions[debit.key] = prediction
+        return prediction, False
 
-    def _decide(self, debit: Debit, user: User, item: Item | None) -> Answer:
+    def _decide(self, debit: Debit, user: User, item: Item | None) -> Prediction:
         if not user.is_active:
-            return Answer(debit, "user_inactive")
+            return Prediction(debit, "user_inactive")
         if item is None:
-            return Answer(debit, "item_not_found")
+            return Prediction(debit, "item_not_found")
         if not item.is_active:
-            return Answer(debit, "item_inactive")
+            return Prediction(debit, "item_inactive")
         if debit.expected_price not in (None, item.price):
-            return Answer(debit, "price_changed", price=item.price)
+            return Prediction(debit, "price_changed", price=item.price)
         if user.balance < item.price:
-            return Answer(debit, "insufficient_funds")
+            return Prediction(debit, "insufficient_funds")
         user.balance -= item.price
         user.debits.append(item.price)
-        return Answer(debit, "debited", amount=item.price, new_balance=user.balance)
+        return Prediction(debit, "debited", amount=item.price, new_balance=user.balance)
 
-    def find(self, user_id: int | None, key: str | None) -> Answer | None:
+    def find(self, user_id: int | None, key: str | None) -> Prediction | None:
+        """Return the outcome stored for a key, or None."""
         user = self.users.get(user_id)
-        return user.answers.get(key) if user and key else None
+        return user.predictions.get(key) if user and key else None

@@ -1,4 +1,4 @@
-"""Programs that pip does not install: where they are, and what a test does without them."""
+"""Programs that pip does not install: find them, or skip the test."""
 
 import os
 import shutil
@@ -8,15 +8,15 @@ import pytest
 
 
 def unavailable(reason: str) -> NoReturn:
-    """Skip the test for this reason; in CI, where nothing may be skipped, fail it."""
+    """Skip the test with a reason; in CI, where no test may be skipped, fail it."""
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 def find_program(*names: str) -> str:
-    """Tell where the first of these programs is that this machine has."""
+    """Return the path of the first of these programs that is installed."""
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        unavailable(f"needs a program that this machine has not: {' or '.join(names)}")
+        unavailable(f"needs a program that is not installed: {' or '.join(names)}")
     return path

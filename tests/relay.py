@@ -1,17 +1,17 @@
-"""A server before another one: it passes requests on, as a proxy or a gateway does."""
+"""A server that forwards requests to another server, as a proxy or a gateway does."""
 
 import socket
 from collections.abc import Callable
 
 import httpx
 from client import connect
-from servers import SocketServer, http_answer
+from servers import SocketServer, http_response
 
-PASSED_ON = {"apikey", "authorization", "content-type"}  # of the headers
+FORWARDED_HEADERS = {"apikey", "authorization", "content-type"}
 
 
 class Relay(SocketServer):
-    """Has `converse` decide what becomes of a request; `pass_on` gets the other one's answer."""
+    """Call `converse` with each request; it can forward the request with `forward`."""
 
     def __init__(self, url: str, converse: Callable[[socket.socket, bytes], None]) -> None:
         super().__init__(converse)
@@ -21,12 +21,13 @@ class Relay(SocketServer):
         super().__exit__(*error)
         self._client.close()
 
-    def pass_on(self, request: bytes) -> bytes:
+    def forward(self, request: bytes) -> bytes:
+        """Send a request to the other server; return its response."""
         head, _, body = request.partition(b"\r\n\r\n")
         first, *lines = head.decode().split("\r\n")
         method, url, _ = first.split(" ")
         headers = dict(line.split(": ", 1) for line in lines)
-        kept = {name: headers[name] for name in headers if name.lower() in PASSED_ON}
+        kept = {name: headers[name] for name in headers if name.lower() in FORWARDED_HEADERS}
         path = httpx.URL(url).raw_path.decode()
-        answer = self._client.request(method, path, content=body, headers=kept)
-        return http_answer(f"{answer.status_code} X", answer.content)
+        response = self._client.request(method, path, content=body, headers=kept)
+        return http_response(f"{response.status_code} X", response.content)

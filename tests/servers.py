@@ -28,7 +28,7 @@ Value = TypeVar("Value")
 
 @contextmanager
 def served(app: ASGIApp, root_path: str = "") -> Iterator[str]:
-    """Serve an application over HTTP from a thread; yields its address."""
+    """Serve an application over HTTP from a thread; yield its address."""
     server = uvicorn.Server(make_config(app, root_path=root_path))
     sockets = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
@@ -53,10 +53,10 @@ def service_process(
     options: Sequence[str] = (),
     **settings: str,
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Run the payment service as operators do, as a process; yields it, ready, and its address.
+    """Run the payment service as a process; yield the process and its address once it is ready.
 
-    At the end of the block it is stopped, if it has not ended before. `log` takes its log.
-    Coverage is measured with the settings of `measured`.
+    The process is stopped at the end of the block. Its log is written to `log`.
+    Pass the settings of `with_coverage` to measure coverage.
     """
     port = port or free_port()
     environment = {
@@ -67,7 +67,7 @@ def service_process(
     }
     with subprocess.Popen(
         [sys.executable, "-m", "app", "--host", "127.0.0.1", "--port", str(port), *options],
-        env=unmeasured() | environment,
+        env=without_coverage() | environment,
         stderr=log,
     ) as process:
         try:
@@ -78,17 +78,18 @@ def service_process(
             _end(process)
 
 
-def measured() -> dict[str, str]:
-    """Return the variables with which a process measures its coverage: the start takes longer."""
+def with_coverage() -> dict[str, str]:
+    """Return the variables that make a process measure coverage, which slows its start."""
     return {name: value for name, value in os.environ.items() if "COVERAGE" in name}
 
 
-def unmeasured() -> dict[str, str]:
+def without_coverage() -> dict[str, str]:
+    """Return the environment without the variables for coverage."""
     return {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop it without a drain, so that what it covered is recorded; kill it if it does not stop."""
+    """Stop the process without draining, so that coverage is saved; kill it if it does not stop."""
     for _ in range(2):
         process.terminate()
         time.sleep(0.05)
@@ -98,7 +99,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def await_ready(url: str | httpx.URL) -> None:
-    """Wait until a service responds that it is ready."""
+    """Wait until a service is ready."""
     with connect(url) as client:
         await_true(lambda: _responds(client, "/ready"))
 
@@ -117,12 +118,12 @@ def _responds(client: httpx.Client, path: str) -> bool:
 
 
 def await_true(condition: Callable[[], Value], seconds: float = START_TIMEOUT_SECONDS) -> Value:
-    """Wait until a condition is true, and return its value.
+    """Wait until a condition is true; return its value.
 
-    Use it for everything that is written after a response, such as a line of the log.
+    Use it for everything that happens after a response, such as a log line.
 
     Raises:
-        TimeoutError: it was not true within that time.
+        TimeoutError: the condition was not true in time.
     """
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -133,7 +134,7 @@ def await_true(condition: Callable[[], Value], seconds: float = START_TIMEOUT_SE
 
 
 def free_port() -> int:
-    """Return a port that nobody uses, below those that the system gives to connections."""
+    """Return an unused port, below the range of ephemeral ports."""
     for _ in range(100):
         port = 15_000 + secrets.randbelow(17_000)
         with socket.socket() as probe, suppress(OSError):
@@ -143,7 +144,7 @@ def free_port() -> int:
 
 
 class SocketServer:
-    """A server whose `converse` is given each connection with its first request, in a thread."""
+    """A server that calls `converse` with each connection and its request, in a thread."""
 
     def __init__(self, converse: Callable[[socket.socket, bytes], None]) -> None:
         self._converse = converse
@@ -171,23 +172,23 @@ class SocketServer:
             threading.Thread(target=self._serve, args=(connection,)).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, suppress(ConnectionError):  # the other side may leave at any time
+        with connection, suppress(ConnectionError):  # the client may disconnect at any time
             self._converse(connection, _read_request(connection))
 
 
 class RawServer(SocketServer):
-    """A server that reads each request and then sends exactly the bytes it was given.
+    """A server that reads each request and then sends the bytes of `response`.
 
-    `answer` None sends nothing; `holds` keeps the connection open afterwards instead of closing it.
+    A `response` of None sends nothing; `holds` keeps the connection open instead of closing it.
     """
 
-    def __init__(self, answer: bytes | None, *, holds: bool = False) -> None:
-        super().__init__(self._answer)
+    def __init__(self, response: bytes | None, *, holds: bool = False) -> None:
+        super().__init__(self._respond)
         self.requests: list[bytes] = []
-        self._bytes = answer
+        self._bytes = response
         self._holds = holds
 
-    def _answer(self, connection: socket.socket, request: bytes) -> None:
+    def _respond(self, connection: socket.socket, request: bytes) -> None:
         self.requests.append(request)
         if self._bytes is not None:
             connection.sendall(self._bytes)
@@ -196,7 +197,7 @@ class RawServer(SocketServer):
 
 
 def _read_request(connection: socket.socket) -> bytes:
-    """Read one request: its head, and as much body as Content-Length says."""
+    """Read one request: its head, and the body of Content-Length bytes."""
     request = b""
     while True:
         head, found, body = request.partition(b"\r\n\r\n")
@@ -209,8 +210,8 @@ def _read_request(connection: socket.socket) -> bytes:
         request += received
 
 
-def http_answer(status: str, body: bytes, content_type: str = "application/json") -> bytes:
-    """Write an HTTP/1.1 answer that ends the connection."""
+def http_response(status: str, body: bytes, content_type: str = "application/json") -> bytes:
+    """Return an HTTP/1.1 response that closes the connection."""
     head = (
         f"HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\n"
         f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
@@ -219,7 +220,7 @@ def http_answer(status: str, body: bytes, content_type: str = "application/json"
 
 
 def make_settings(**changes: object) -> Settings:
-    """Settings as the environment would give them, and nothing from a .env file."""
+    """Return settings for tests, without a .env file."""
     values: dict[str, object] = {
         "supabase_url": "http://127.0.0.1:1",
         "supabase_key": SERVICE_ROLE_KEY,

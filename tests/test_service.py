@@ -18,8 +18,8 @@ import httpx
 import jwt
 import pytest
 from database import Database, locked
-from issuer import Issuer, ask, make_token, start
-from servers import RawServer, await_true, http_answer, make_settings, served
+from issuer import Issuer, look_up, make_token, start
+from servers import RawServer, await_true, http_response, make_settings, served
 
 from app.main import create_app
 from devstack.keys import JWT_SECRET
@@ -72,7 +72,7 @@ def reuse_a_key(parts: Parts) -> Response:
 
 def fetch_keys_of_an_issuer_that_is_down(parts: Parts) -> Response:
     parts.issuer.is_up = False
-    return ask(start(parts.start, parts.issuer), make_token())
+    return look_up(start(parts.start, parts.issuer), make_token())
 
 
 def debit_while_another_waits(parts: Parts) -> Response:
@@ -87,7 +87,7 @@ def debit_while_another_waits(parts: Parts) -> Response:
 
 
 def lose_the_response_of_the_ledger(parts: Parts) -> Response:
-    with RawServer(http_answer("502 Bad Gateway", b"<html>", "text/html")) as gateway:
+    with RawServer(http_response("502 Bad Gateway", b"<html>", "text/html")) as gateway:
         return parts.debit(parts.start(supabase_url=gateway.url, request_timeout_seconds=1))
 
 
@@ -120,8 +120,8 @@ CASES: dict[str, Callable[[Parts], Response]] = {
         "/payments/debit", content=gzip.compress(b"{}"), headers={"Content-Encoding": "gzip"}
     ),
     "request_too_large": lambda p: p.debit(note="x" * 17_000),
-    "unauthenticated": lambda p: ask(start(p.start, p.issuer), None),
-    "forbidden": lambda p: ask(start(p.start, p.issuer), make_token(realm_access=None)),
+    "unauthenticated": lambda p: look_up(start(p.start, p.issuer), None),
+    "forbidden": lambda p: look_up(start(p.start, p.issuer), make_token(realm_access=None)),
     "authentication_unavailable": fetch_keys_of_an_issuer_that_is_down,
     "user_not_found": lambda p: p.debit(user_id=999_999),
     "idempotency_key_reused": reuse_a_key,
@@ -136,7 +136,7 @@ CASES: dict[str, Callable[[Parts], Response]] = {
     "outcome_unknown": lose_the_response_of_the_ledger,
     "ledger_rejected": lambda p: p.debit(p.start(supabase_key=KEY_OF_ANOTHER_ROLE)),
     "internal_error": run_into_a_bug,
-    "payment_not_found": lambda p: ask(p.service, None),
+    "payment_not_found": lambda p: look_up(p.service, None),
     "not_found": lambda p: p.service.get("/payment/debit"),
     "method_not_allowed": lambda p: p.service.get("/payments/debit"),
 }

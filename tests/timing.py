@@ -1,4 +1,4 @@
-"""Durations, measured on a machine that other programs use too."""
+"""Durations, measured on a machine that also runs other programs."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,10 +9,11 @@ Arguments = ParamSpec("Arguments")
 
 
 class TooSlow(AssertionError):
-    """Something took longer than it may."""
+    """An operation exceeded its time limit."""
 
 
 def assert_below(seconds: float, limit_seconds: float) -> None:
+    """Raise TooSlow if a duration is not below its limit."""
     if seconds >= limit_seconds:
         raise TooSlow(f"{seconds:.3f} s; less than {limit_seconds} s are allowed")
 
@@ -20,7 +21,7 @@ def assert_below(seconds: float, limit_seconds: float) -> None:
 def repeated_if_too_slow(test: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """Run a test up to three times until it is fast enough.
 
-    Another program may delay one run; a fault of the service delays each.
+    Another program may delay one run; a fault of the service delays every run.
     """
 
     @wraps(test)

@@ -1,7 +1,7 @@
-"""Load with faults running: random clients, a gateway that breaks, servers that are killed.
+"""Load with faults: random clients, a faulty gateway, and servers that are killed.
 
-Afterwards every answer is compared with the ledger. The seed decides what is tried, not how the
-threads interleave.
+Afterwards, every response is compared with the ledger. The seed determines the requests and faults,
+not the interleaving of threads.
 """
 
 import argparse
@@ -45,7 +45,7 @@ ATTEMPTS_MAX = 4
 HELD_USERS = 20  # as many as PostgREST has connections
 OUTAGE_SECONDS = 5.0
 REQUEST_TIMEOUT_SECONDS = 3  # shorter than usual, so that some outcomes stay unknown
-REMEMBERED = {"charged", "user_inactive", "price_changed", "insufficient_funds"}
+STORED = {"charged", "user_inactive", "price_changed", "insufficient_funds"}
 TRANSIENT = {
     "products_unavailable",
     "ledger_unavailable",
@@ -58,15 +58,15 @@ FAULT_WEIGHTS = [0.1 if "silent" in fault else 1.0 for fault in FAULTS]
 
 @dataclass
 class Purchase:
-    """One purchase as its client saw it: the answers of all attempts under one key."""
+    """A purchase with the responses of all attempts with its key."""
 
     user_id: int
     item_id: UUID
     key: str
     expected_price: int | None
-    answers: list[httpx.Response] = field(default_factory=list)
+    responses: list[httpx.Response] = field(default_factory=list)
     lost: int = 0
-    broken: bool = False  # at the last attempt, after the connection was made
+    broken: bool = False  # at the last attempt, after connecting
 
     @property
     def body(self) -> dict[str, object]:
@@ -76,64 +76,65 @@ class Purchase:
         return body
 
     def attempt(self, client: httpx.Client) -> str:
-        """Post it once; returns the code of the answer, "charged" or "lost"."""
+        """Send the debit once; return the code of the response, "charged" or "lost"."""
         self.broken = False
         try:
-            answer = client.post(
+            response = client.post(
                 "/payments/debit", json=self.body, headers={"Idempotency-Key": self.key}
             )
         except httpx.TransportError as error:
             self.lost += 1
             self.broken = not isinstance(error, httpx.ConnectError)
             return "lost"
-        self.answers.append(answer)
-        return code_of(answer)
+        self.responses.append(response)
+        return code_of(response)
 
     @property
-    def is_unsettled(self) -> bool:
-        codes = {code_of(answer) for answer in self.answers}
+    def is_unresolved(self) -> bool:
+        """Return whether the outcome is unknown."""
+        codes = {code_of(response) for response in self.responses}
         return "charged" not in codes and (self.lost > 0 or "outcome_unknown" in codes)
 
     @property
-    def is_remembered(self) -> bool:
-        """Whether the ledger decided; a refusal of the products service is not remembered."""
-        return any(code_of(answer) in REMEMBERED for answer in self.answers)
+    def is_stored(self) -> bool:
+        """Return whether the ledger stores an outcome; item errors of the service are not stored."""
+        return any(code_of(response) in STORED for response in self.responses)
 
 
-def code_of(answer: httpx.Response) -> str:
-    return "charged" if answer.status_code == 200 else str(answer.json()["code"])
+def code_of(response: httpx.Response) -> str:
+    return "charged" if response.status_code == 200 else str(response.json()["code"])
 
 
 class Torture:
-    """The world under torture, and what was seen of it."""
+    """A service with real dependencies under load and faults, and the counts of what happened."""
 
     def __init__(
         self,
         seed: int,
         seconds: float,
-        say: Callable[[str], None],
-        chaos_pause_seconds: float = 4.0,
-        deeds: Collection[str] = (),
+        report: Callable[[str], None],
+        disruption_pause_seconds: float = 4.0,
+        disruptions: Collection[str] = (),
     ) -> None:
-        """Take the names of the deeds of chaos; none: all."""
+        """Limit the disruptions to the given names; by default, use all."""
         self.seed = seed
-        self._deeds = deeds
-        self.say = say
-        self.chaos_pause_seconds = chaos_pause_seconds
+        self._disruptions = disruptions
+        self.report = report
+        self.disruption_pause_seconds = disruption_pause_seconds
         self._seconds = seconds
-        self.seen: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.purchases: list[Purchase] = []
         self.violations: list[str] = []
         self._fault_random = random.Random(f"{seed} faults")
         self._lock = threading.Lock()
         self._faults_on = True
-        self._losing = False
+        self._loses_responses = False
         self._stopping = False
 
-    def run(self, has_seen_enough: Callable[[], bool] = lambda: True) -> None:
-        """Go on for the time given, on a busy machine up to twice as long to see enough."""
-        self._has_seen_enough = has_seen_enough
+    def run(self, is_sufficient: Callable[[], bool] = lambda: True) -> None:
+        """Run for the given time, or up to twice as long until the counts are sufficient."""
+        self._is_sufficient = is_sufficient
         with ExitStack() as stack:
             folder = stack.enter_context(temporary_folder())
             self.directory = folder / "postgres"
@@ -151,7 +152,7 @@ class Torture:
             self.service = Service(faulty.url, self.products.url, f"{self.issuer.url}/certs")
             stack.enter_context(self.service.running())
             self._load()
-            self._settle()
+            self._resolve_unknown_outcomes()
             with self._database() as database:
                 self._compare(database)
 
@@ -164,8 +165,8 @@ class Torture:
     def _load(self) -> None:
         self._started = time.monotonic()
         with ThreadPoolExecutor(CLIENTS + 3) as threads:
-            running = [threads.submit(self._buy, number) for number in range(CLIENTS)]
-            running += [threads.submit(self._chaos), threads.submit(self._outside_writes)]
+            running = [threads.submit(self._run_client, number) for number in range(CLIENTS)]
+            running += [threads.submit(self._disrupt), threads.submit(self._write_from_outside)]
             running += [threads.submit(self._report)]
             for thread in running:
                 thread.result()
@@ -174,30 +175,32 @@ class Torture:
         took_seconds = time.monotonic() - self._started
         if took_seconds < self._seconds:
             return False
-        return took_seconds > 2 * self._seconds or self._has_seen_enough()
+        return took_seconds > 2 * self._seconds or self._is_sufficient()
 
-    def _buy(self, number: int) -> None:
-        dice = random.Random(f"{self.seed} client {number}")
+    def _run_client(self, number: int) -> None:
+        draw = random.Random(f"{self.seed} client {number}")
         earlier: list[Purchase] = []
         while not self._is_over():
             with self._client() as client:
                 for _ in range(20):
                     if self._is_over():
                         return
-                    self._buy_once(client, dice, earlier)
+                    self._send_purchase(client, draw, earlier)
 
-    def _buy_once(self, client: httpx.Client, dice: random.Random, earlier: list[Purchase]) -> None:
-        kind = dice.random()
+    def _send_purchase(
+        self, client: httpx.Client, draw: random.Random, earlier: list[Purchase]
+    ) -> None:
+        kind = draw.random()
         if earlier and kind < 0.12:
-            self._replay(client, dice.choice(earlier[-50:]))
+            self._replay(client, draw.choice(earlier[-50:]))
             return
-        remembered = [purchase for purchase in earlier[-50:] if purchase.is_remembered]
-        if remembered and kind < 0.14:
-            self._reuse(client, dice.choice(remembered))
+        stored = [purchase for purchase in earlier[-50:] if purchase.is_stored]
+        if stored and kind < 0.14:
+            self._reuse(client, draw.choice(stored))
             return
-        user_id = dice.choice(self.hot if dice.random() < 0.4 else self.cold)
-        item_number = dice.randrange(ITEMS)
-        expected = 50 * item_number if dice.random() < 0.3 else None
+        user_id = draw.choice(self.hot if draw.random() < 0.4 else self.cold)
+        item_number = draw.randrange(ITEMS)
+        expected = 50 * item_number if draw.random() < 0.3 else None
         purchase = Purchase(user_id, self.items[item_number], str(uuid4()), expected)
         with self._lock:
             self.purchases.append(purchase)
@@ -209,19 +212,19 @@ class Torture:
             if code not in TRANSIENT | {"lost", "outcome_unknown"}:
                 earlier.append(purchase)
                 return
-            time.sleep(dice.uniform(0.01, 0.2))  # and again, under the same key
+            time.sleep(draw.uniform(0.01, 0.2))  # then retry with the same key
 
     def _replay(self, client: httpx.Client, purchase: Purchase) -> None:
-        """Ask for something that was answered finally: the answer has to be the same."""
-        first = next((a for a in purchase.answers if code_of(a) in REMEMBERED), None)
+        """Repeat a debit with a stored outcome; the response must be the same."""
+        first = next((a for a in purchase.responses if code_of(a) in STORED), None)
         code = purchase.attempt(client)
         self._count(code)
-        if first is None or code in UNSETTLED:
+        if first is None or code in UNRESOLVED:
             return
-        again = purchase.answers[-1]
-        if without_request_id(again) != without_request_id(first):
-            self._violation(f"{purchase.key} answered {first.text} and later {again.text}")
-        self._count("replays", int("idempotent-replayed" in again.headers))
+        replay = purchase.responses[-1]
+        if without_request_id(replay) != without_request_id(first):
+            self._violation(f"{purchase.key} returned {first.text} and later {replay.text}")
+        self._count("replays", int("idempotent-replayed" in replay.headers))
 
     def _reuse(self, client: httpx.Client, purchase: Purchase) -> None:
         other = next(item for item in self.items if item != purchase.item_id)
@@ -230,12 +233,12 @@ class Torture:
         if code == "charged":
             self._violation(f"{purchase.key} was charged for two items")
 
-    def _outside_writes(self) -> None:
-        """What other services do: top up, withdraw items, change prices and back."""
-        dice = random.Random(f"{self.seed} outside")
+    def _write_from_outside(self) -> None:
+        """Write as other services: top up, deactivate items and users, change prices."""
+        draw = random.Random(f"{self.seed} outside")
         while not self._is_over():
-            user_id = dice.choice(self.hot + self.cold)
-            item_id = dice.choice(self.items)
+            user_id = draw.choice(self.hot + self.cold)
+            item_id = draw.choice(self.items)
             statements = [
                 ('update public."Users" set balance = balance + 500 where card_id = %s', user_id),
                 ('update public."Users" set active = random() < 0.9 where card_id = %s', user_id),
@@ -243,15 +246,15 @@ class Torture:
                 ('update public."Items" set price = price / 50 * 50 + 1 where id = %s', item_id),
                 ('update public."Items" set price = price / 50 * 50 where id = %s', item_id),
             ]
-            statement, argument = dice.choices(statements, [8, 1, 1, 1, 2])[0]
+            statement, argument = draw.choices(statements, [8, 1, 1, 1, 2])[0]
             with contextlib.suppress(psycopg.Error), self._database() as database:
                 database.connection.execute(statement, (argument,))
                 self._count("writes by others")
             time.sleep(0.02)
 
-    def _chaos(self) -> None:
-        dice = random.Random(f"{self.seed} chaos")
-        deeds: dict[str, Callable[[], None]] = {
+    def _disrupt(self) -> None:
+        draw = random.Random(f"{self.seed} chaos")
+        disruptions: dict[str, Callable[[], None]] = {
             "Postgres restarted": self._restart_postgres,
             "Postgres killed": self._kill_postgres,
             "connections of the gateway cut": self._cut_connections,
@@ -261,19 +264,19 @@ class Torture:
             "products service silent": lambda: self._silence(self.products),
             "issuer silent": lambda: self._silence(self.issuer),
             "service stopped and started": self._stop_service,
-            "every answer lost": self._lose_every_answer,
+            "every response lost": self._lose_every_response,
             "service killed": self.service.kill_and_start,
         }
-        deeds = {name: deeds[name] for name in self._deeds or deeds}
-        waiting = list(deeds)
-        dice.shuffle(waiting)
+        disruptions = {name: disruptions[name] for name in self._disruptions or disruptions}
+        waiting = list(disruptions)
+        draw.shuffle(waiting)
         while True:
-            time.sleep(self.chaos_pause_seconds)
+            time.sleep(self.disruption_pause_seconds)
             if self._is_over():
                 return
-            deed = waiting.pop() if waiting else dice.choice(list(deeds))
-            deeds[deed]()
-            self.faults[deed] += 1
+            disruption = waiting.pop() if waiting else draw.choice(list(disruptions))
+            disruptions[disruption]()
+            self.faults[disruption] += 1
 
     def _restart_postgres(self) -> None:
         stop_postgres(self.directory)
@@ -285,7 +288,7 @@ class Torture:
             with contextlib.suppress(PostgresFailed):
                 start_postgres(self.directory, self.port)
                 return
-            time.sleep(0.1)  # its orphans still hold the shared memory
+            time.sleep(0.1)  # its child processes still use the shared memory
         raise RuntimeError("Postgres did not start again")
 
     def _cut_connections(self) -> None:
@@ -296,23 +299,23 @@ class Torture:
             )
 
     def _lock_hot_row(self) -> None:
-        with psycopg.connect(database_url(self.port)) as somebody:
-            somebody.execute(
+        with psycopg.connect(database_url(self.port)) as blocker:
+            blocker.execute(
                 'select from public."Users" where card_id = %s for update', (self.hot[0],)
             )
-            time.sleep(2.5)  # longer than the function waits
+            time.sleep(2.5)  # longer than the lock timeout
 
     def _lock_rows(self) -> None:
         users = self.cold[:HELD_USERS]
-        with psycopg.connect(database_url(self.port)) as somebody:
-            somebody.execute(
+        with psycopg.connect(database_url(self.port)) as blocker:
+            blocker.execute(
                 'select from public."Users" where card_id = any(%s) for update', (users,)
             )
             time.sleep(2.5)
 
     def _lock_item(self) -> None:
-        with psycopg.connect(database_url(self.port)) as somebody:
-            somebody.execute('select from public."Items" where id = %s for update', self.items[:1])
+        with psycopg.connect(database_url(self.port)) as blocker:
+            blocker.execute('select from public."Items" where id = %s for update', self.items[:1])
             time.sleep(1.5)
 
     def _silence(self, server: "SilentProxy | Issuer") -> None:
@@ -325,62 +328,64 @@ class Torture:
         self.service.stop_and_start()
         self._stopping = False
 
-    def _lose_every_answer(self) -> None:
-        self._losing = True
+    def _lose_every_response(self) -> None:
+        self._loses_responses = True
         time.sleep(OUTAGE_SECONDS)
-        self._losing = False
+        self._loses_responses = False
 
     def _choose_fault(self) -> str | None:
         with self._lock:
-            if self._losing:
-                return "closed instead of the answer"
+            if self._loses_responses:
+                return "closed instead of the response"
             if not self._faults_on or self._fault_random.random() > FAULT_SHARE:
                 return None
             (fault,) = self._fault_random.choices(list(FAULTS), FAULT_WEIGHTS)
             self.faults[fault] += 1
             return fault
 
-    def _settle(self) -> None:
-        """With all faults gone, ask again what became of everything that stayed open."""
+    def _resolve_unknown_outcomes(self) -> None:
+        """Without faults, look up and retry the debits whose outcome is unknown."""
         self._faults_on = False
         await_ready(self.service.url)
-        unsettled = [purchase for purchase in self.purchases if purchase.is_unsettled]
+        unresolved = [purchase for purchase in self.purchases if purchase.is_unresolved]
         with self._client() as client:
-            for purchase in unsettled:
+            for purchase in unresolved:
                 query = {"user_id": str(purchase.user_id), "idempotency_key": purchase.key}
-                asked = client.get("/payments/outcome", params=query)
+                looked_up = client.get("/payments/outcome", params=query)
                 code = purchase.attempt(client)
-                paid = asked.status_code == 200 and "outcome" not in asked.json()
-                if paid and (code != "charged" or asked.json() != purchase.answers[-1].json()):
-                    self._violation(f"{purchase.key}: {asked.text} became {code}")
-                self._count("unknowns settled")
+                is_paid = looked_up.status_code == 200 and "outcome" not in looked_up.json()
+                if is_paid and (
+                    code != "charged" or looked_up.json() != purchase.responses[-1].json()
+                ):
+                    self._violation(f"{purchase.key}: {looked_up.text} became {code}")
+                self._count("unknown outcomes resolved")
 
     def _compare(self, database: Database) -> None:
-        """Hold every answer against the ledger."""
+        """Compare every response with the ledger."""
         rows = database.connection.execute(
             "select idempotency_key, id::text, user_id, item::text, -amount_delta, balance_after "
             "from public.\"Transaction_History\" where kind = 'debit'"
         ).fetchall()
         entries = {row[0]: row[1:] for row in rows}
-        self.seen["ledger entries of debits"] = len(rows)
+        self.counts["ledger entries of debits"] = len(rows)
         if len(entries) != len(rows):
             self._violation("a key has more than one entry")
         for purchase in self.purchases:
             self._compare_purchase(purchase, entries.pop(purchase.key, None))
         for key in entries:
-            self._violation(f"nobody asked for the entry under {key}")
+            self._violation(f"no client requested the entry with the key {key}")
         for user_id, fault in database.audit():
             self._violation(f"audit of user {user_id}: {fault}")
 
     def _compare_purchase(self, purchase: Purchase, entry: tuple[object, ...] | None) -> None:
-        charged = [a.json() for a in purchase.answers if a.status_code == 200]
+        charged = [a.json() for a in purchase.responses if a.status_code == 200]
         for payment in charged:
             names = ("transaction_id", "user_id", "item_id", "amount", "new_balance")
             if entry != tuple(payment[name] for name in names):
-                self._violation(f"{purchase.key} was told {payment}, the ledger has {entry}")
+                self._violation(f"{purchase.key} got {payment}, the ledger has {entry}")
         if not charged and entry is not None:
-            codes = [code_of(answer) for answer in purchase.answers]
-            self._violation(f"{purchase.key} was told {codes}, the ledger has {entry}")
+            codes = [code_of(response) for response in purchase.responses]
+            self._violation(f"{purchase.key} got {codes}, the ledger has {entry}")
 
     def _client(self) -> httpx.Client:
         token = make_token(exp=int(time.time()) + 3600)
@@ -396,33 +401,35 @@ class Torture:
     def _report(self) -> None:
         while not self._is_over():
             left = max(self._started + self._seconds - time.monotonic(), 0)
-            self.say(f"{left:5.0f} s left, {self.seen['requests']} requests, {self._found()}")
+            self.report(
+                f"{left:5.0f} s left, {self.counts['requests']} requests, {self._violation_count()}"
+            )
             time.sleep(min(10, left + 0.1))
 
     def _count(self, code: str, by: int = 1) -> None:
         with self._lock:
-            self.seen[code] += by
-            if code not in ("replays", "writes by others", "unknowns settled"):
-                self.seen["requests"] += by
+            self.counts[code] += by
+            if code not in ("replays", "writes by others", "unknown outcomes resolved"):
+                self.counts["requests"] += by
 
     def _violation(self, text: str) -> None:
         with self._lock:
             self.violations.append(text)
 
-    def _found(self) -> str:
+    def _violation_count(self) -> str:
         return f"{len(self.violations)} violations"
 
 
-UNSETTLED = TRANSIENT | {"lost", "outcome_unknown"}
+UNRESOLVED = TRANSIENT | {"lost", "outcome_unknown"}
 
 
-def without_request_id(answer: httpx.Response) -> tuple[int, dict[str, object]]:
-    body = {name: value for name, value in answer.json().items() if name != "request_id"}
-    return answer.status_code, body
+def without_request_id(response: httpx.Response) -> tuple[int, dict[str, object]]:
+    body = {name: value for name, value in response.json().items() if name != "request_id"}
+    return response.status_code, body
 
 
 class SilentProxy(Relay):
-    """Passes requests for items on, unless it is silent."""
+    """A proxy that forwards requests for items, unless it is silent."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, self._relay)
@@ -433,13 +440,13 @@ class SilentProxy(Relay):
             return
         if self.is_silent:
             connection.settimeout(30)
-            connection.recv(1)  # until the other side gives up
+            connection.recv(1)  # until the client closes the connection
             return
-        connection.sendall(self.pass_on(request))
+        connection.sendall(self.forward(request))
 
 
 class Service:
-    """The payment service as a process that is killed and started again at the same address."""
+    """The payment service as a process that can be restarted at the same address."""
 
     def __init__(self, gateway_url: str, products_url: str, keys_url: str) -> None:
         self._urls = (gateway_url, products_url)
@@ -483,6 +490,7 @@ class Service:
 
 
 def main() -> None:
+    """Run for the minutes of the command line and print the counts."""
     parser = argparse.ArgumentParser(prog="make torture ARGS=...", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
@@ -490,7 +498,7 @@ def main() -> None:
     print(f"seed {arguments.seed}, {arguments.minutes:g} minutes", flush=True)
     torture = Torture(arguments.seed, 60 * arguments.minutes, lambda line: print(line, flush=True))
     torture.run()
-    for title, counts in (("seen", torture.seen), ("faults", torture.faults)):
+    for title, counts in (("seen", torture.counts), ("faults", torture.faults)):
         print(f"\n{title}:")
         for name, count in sorted(counts.items()):
             print(f"{count:9d}  {name}")

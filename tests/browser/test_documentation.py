@@ -1,4 +1,4 @@
-"""/docs and /redoc in a real browser: they work, and nothing of them comes from elsewhere."""
+"""/docs and /redoc in a real browser: they work and load nothing from other hosts."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -27,8 +27,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app.main import create_app
 from devstack.postgres import apply_seed, database_url
 
-# A browser uses the whole machine. On a busy one it may stop drawing, and Playwright's click waits
-# until the button stands still on the screen: the tests press Enter instead.
+# A browser uses the whole machine. On a busy machine it may stop drawing, and Playwright's click
+# waits until a button is stable on the screen. Therefore, the tests press Enter instead.
 pytestmark = pytest.mark.alone
 
 ARGUMENTS = [
@@ -41,11 +41,11 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
     "--disable-gpu-watchdog",
-    # Also on a machine with a network, no other than this one can be reached.
+    # No other host can be reached, even on a machine with a network.
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
 TIMEOUT_MILLISECONDS = 30_000
-NOTE_VIOLATIONS = """
+LOG_VIOLATIONS = """
 addEventListener("securitypolicyviolation", (violation) => {
   console.error(`violation: ${violation.effectiveDirective} ${violation.blockedURI}`);
 });
@@ -60,12 +60,12 @@ OPERATION = "debit_payment_payments_debit_post"
 LINK = f"/docs#/default/{OPERATION}"
 ITEM = "550e8400-e29b-41d4-a716-446655440000"  # the seed's coffee, at 350
 ALICE = 1001
-# ReDoc has no option to leave its maker's logo out; the policy stops it, and ReDoc then hides it.
+# ReDoc has no option to omit its logo. The policy blocks the image, and ReDoc then hides it.
 REDOC_LOGO = "https://cdn.redoc.ly/redoc/logo-mini.svg"
 
 
-class Watched:
-    """A page of a service's, every address that it asks for, and every error that is written."""
+class RecordedPage:
+    """A page of the service; records the addresses that it requests and its errors."""
 
     def __init__(self, context: BrowserContext, service_url: str) -> None:
         self.page = context.new_page()
@@ -73,22 +73,22 @@ class Watched:
         self._addresses: list[str] = []
         self._own = (f"{service_url}/", "data:")
         context.on("request", lambda request: self._addresses.append(request.url))
-        context.on("console", self._note_console)
+        context.on("console", self._record_console)
         context.on("weberror", lambda error: self.errors.append(str(error.error)))
 
-    def _note_console(self, message: ConsoleMessage) -> None:
-        # The browser calls every status above 399 an error, also a problem that is meant.
+    def _record_console(self, message: ConsoleMessage) -> None:
+        # The browser reports every status above 399 as an error, even an expected problem.
         if message.type == "error" and "/payments/" not in message.location["url"]:
             self.errors.append(message.text)
 
     @property
     def foreign_addresses(self) -> list[str]:
-        """What was asked of others than the service, whether or not it was stopped."""
+        """Return the requested addresses of other hosts, including blocked requests."""
         assert self._addresses
         return [address for address in self._addresses if not address.startswith(self._own)]
 
 
-Watch = Callable[[httpx.Client], Watched]
+OpenPage = Callable[[httpx.Client], RecordedPage]
 
 
 @pytest.fixture(scope="module")
@@ -106,18 +106,18 @@ def browser(browser_path: str) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def watch(browser: Browser) -> Iterator[Watch]:
-    """Open an empty page for a service, in a profile of its own."""
+def open_recorded(browser: Browser) -> Iterator[OpenPage]:
+    """Open empty pages, each in its own browser profile."""
     with ExitStack() as stack:
 
-        def open_page(service: httpx.Client) -> Watched:
+        def open_in_new_profile(service: httpx.Client) -> RecordedPage:
             url = str(service.base_url).rstrip("/")
             context = stack.enter_context(browser.new_context(base_url=url))
             context.set_default_timeout(TIMEOUT_MILLISECONDS)
-            context.add_init_script(NOTE_VIOLATIONS)
-            return Watched(context, url)
+            context.add_init_script(LOG_VIOLATIONS)
+            return RecordedPage(context, url)
 
-        yield open_page
+        yield open_in_new_profile
 
 
 @pytest.fixture(scope="module")
@@ -127,12 +127,12 @@ def seeded_service(service: httpx.Client, migrated_port: int) -> httpx.Client:
 
 
 @pytest.fixture
-def page(watch: Watch, seeded_service: httpx.Client) -> Iterator[Page]:
-    """A page that, whatever is done with it, asks nobody else and has no error to write."""
-    watched = watch(seeded_service)
-    yield watched.page
-    assert watched.foreign_addresses == []
-    assert watched.errors == []
+def page(open_recorded: OpenPage, seeded_service: httpx.Client) -> Iterator[Page]:
+    """Open a page and check afterwards that it had no errors and no foreign requests."""
+    recorded = open_recorded(seeded_service)
+    yield recorded.page
+    assert recorded.foreign_addresses == []
+    assert recorded.errors == []
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def alice_has_5000(seeded_service: httpx.Client, database: Database) -> None:
     )
 
 
-def test_the_link_opens_on_the_debit(page: Page) -> None:
+def test_the_link_opens_the_debit(page: Page) -> None:
     page.goto(LINK)
     expect(page).to_have_title("Payment service - Swagger UI")
     expect(page.locator(".opblock.is-open")).to_have_count(1)
@@ -163,11 +163,11 @@ def test_try_it_out_charges_the_seeded_user_and_shows_the_new_balance(
 
 
 @pytest.mark.usefixtures("alice_has_5000")
-def test_executing_twice_under_one_key_charges_once(page: Page, database: Database) -> None:
+def test_executing_twice_with_one_key_charges_once(page: Page, database: Database) -> None:
     try_it_out(page)
     operation(page).get_by_placeholder("Idempotency-Key").fill(f"browser-{uuid4()}")
     assert execute(page) == execute(page)
-    expect(shown_answer(page)).to_contain_text("idempotent-replayed: true")
+    expect(shown_response(page)).to_contain_text("idempotent-replayed: true")
     assert database.balance(ALICE) == 4650
 
 
@@ -179,7 +179,7 @@ def test_executing_twice_under_one_key_charges_once(page: Page, database: Databa
         ({"user_id": ALICE, "item_id": ITEM, "amount": 1}, "422", "invalid_request"),
     ],
 )
-def test_a_refused_debit_shows_its_problem(
+def test_a_failed_debit_shows_its_problem(
     page: Page, body: dict[str, object], status: str, code: str
 ) -> None:
     try_it_out(page)
@@ -190,21 +190,21 @@ def test_a_refused_debit_shows_its_problem(
 
 @pytest.fixture
 def issuer(browser: Browser) -> Iterator[Issuer]:
-    del browser  # without one there is nothing to do here
+    del browser  # skip this fixture if there is no browser
     with Issuer() as issuer:
         yield issuer
 
 
 @pytest.mark.usefixtures("alice_has_5000")
-def test_authorize_takes_a_token_that_goes_with_the_debit_and_is_forgotten(
-    watch: Watch,
+def test_authorize_sends_the_token_until_the_page_is_reloaded(
+    open_recorded: OpenPage,
     start_service: Callable[..., httpx.Client],
     issuer: Issuer,
     database: Database,
 ) -> None:
     token = make_token()
-    watched = watch(start_service(auth_jwks_url=issuer.url))
-    page = watched.page
+    recorded = open_recorded(start_service(auth_jwks_url=issuer.url))
+    page = recorded.page
     try_it_out(page)
     assert execute(page)[1]["code"] == "unauthenticated"
     page.get_by_role("button", name="Authorize", exact=True).press("Enter")
@@ -219,12 +219,12 @@ def test_authorize_takes_a_token_that_goes_with_the_debit_and_is_forgotten(
     page.reload()
     try_it_out(page)
     assert execute(page)[1]["code"] == "unauthenticated"
-    assert watched.foreign_addresses == []
-    assert watched.errors == []
+    assert recorded.foreign_addresses == []
+    assert recorded.errors == []
 
 
-class RemovesPrefix:
-    """What a proxy does that serves the service under /pay."""
+class PrefixStrippingProxy:
+    """Strip the prefix /pay from paths, as a reverse proxy does."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -238,26 +238,26 @@ class RemovesPrefix:
 
 @pytest.mark.usefixtures("alice_has_5000")
 @pytest.mark.parametrize("root_path", ["", "/pay"])
-def test_the_pages_work_under_a_prefix_that_a_proxy_removes(
-    watch: Watch, gateway_url: str, products_url: str, root_path: str
+def test_the_pages_work_behind_a_proxy_that_strips_a_prefix(
+    open_recorded: OpenPage, gateway_url: str, products_url: str, root_path: str
 ) -> None:
     service = create_app(make_settings(supabase_url=gateway_url, products_service_url=products_url))
     with (
-        served(RemovesPrefix(service), root_path) as url,
+        served(PrefixStrippingProxy(service), root_path) as url,
         httpx.Client(base_url=url) as client,
     ):
-        watched = watch(client)
-        try_it_out(watched.page, f"/pay{LINK}")
-        assert execute(watched.page)[1]["new_balance"] == 4650
-        watched.page.goto("/pay/redoc")
-        watched.page.get_by_role("button", name="post /payments/debit").press("Enter")
-        shown = watched.page.get_by_text(f"{url}/pay/./payments/debit")
+        recorded = open_recorded(client)
+        try_it_out(recorded.page, f"/pay{LINK}")
+        assert execute(recorded.page)[1]["new_balance"] == 4650
+        recorded.page.goto("/pay/redoc")
+        recorded.page.get_by_role("button", name="post /payments/debit").press("Enter")
+        shown = recorded.page.get_by_text(f"{url}/pay/./payments/debit")
         expect(shown).to_be_visible()  # the dot is ReDoc's way to join a relative address
 
 
-def test_redoc_shows_the_debit(watch: Watch, seeded_service: httpx.Client) -> None:
-    watched = watch(seeded_service)
-    page = watched.page
+def test_redoc_shows_the_debit(open_recorded: OpenPage, seeded_service: httpx.Client) -> None:
+    recorded = open_recorded(seeded_service)
+    page = recorded.page
     with page.expect_event("requestfailed") as stopped:
         page.goto("/redoc")
     expect(page).to_have_title("Payment service - ReDoc")
@@ -267,15 +267,15 @@ def test_redoc_shows_the_debit(watch: Watch, seeded_service: httpx.Client) -> No
     expect(debit.get_by_text('"insufficient_funds"')).to_be_visible()
     expect(page.get_by_alt_text("redocly logo")).to_have_count(0)
     assert (stopped.value.url, stopped.value.failure) == (REDOC_LOGO, "csp")
-    assert watched.foreign_addresses == [REDOC_LOGO]
-    assert [error for error in watched.errors if REDOC_LOGO not in error] == []
+    assert recorded.foreign_addresses == [REDOC_LOGO]
+    assert [error for error in recorded.errors if REDOC_LOGO not in error] == []
 
 
-def test_what_a_script_on_the_page_would_send_elsewhere_is_stopped(
-    watch: Watch, seeded_service: httpx.Client
+def test_the_policy_blocks_scripts_that_send_data_elsewhere(
+    open_recorded: OpenPage, seeded_service: httpx.Client
 ) -> None:
-    watched = watch(seeded_service)
-    page = watched.page
+    recorded = open_recorded(seeded_service)
+    page = recorded.page
     page.goto("/docs")
     with (
         page.expect_console_message(lambda message: "violation: connect-src" in message.text),
@@ -285,21 +285,23 @@ def test_what_a_script_on_the_page_would_send_elsewhere_is_stopped(
     with page.expect_console_message(lambda message: "violation: script-src" in message.text):
         page.evaluate(ADD_INLINE_SCRIPT)
     expect(page).to_have_title("Payment service - Swagger UI")
-    assert "violation: connect-src http://outside.example/" in watched.errors
+    assert "violation: connect-src http://outside.example/" in recorded.errors
 
 
-def test_the_watch_sees_what_would_leave(watch: Watch, seeded_service: httpx.Client) -> None:
-    watched = watch(seeded_service)
+def test_the_recorder_detects_foreign_requests(
+    open_recorded: OpenPage, seeded_service: httpx.Client
+) -> None:
+    recorded = open_recorded(seeded_service)
     with pytest.raises(Error, match="ERR_NAME_NOT_RESOLVED"):
-        watched.page.goto("http://outside.example/")
-    assert watched.foreign_addresses == ["http://outside.example/"]
+        recorded.page.goto("http://outside.example/")
+    assert recorded.foreign_addresses == ["http://outside.example/"]
 
 
 def operation(page: Page) -> Locator:
     return page.locator(f"#operations-default-{OPERATION}")
 
 
-def shown_answer(page: Page) -> Locator:
+def shown_response(page: Page) -> Locator:
     return operation(page).locator(".live-responses-table .response")
 
 
@@ -309,10 +311,10 @@ def try_it_out(page: Page, link: str = LINK) -> None:
 
 
 def execute(page: Page) -> tuple[str, Any]:
-    """Send the request, and read from the page the status and the body of its answer."""
-    with page.expect_response("**/payments/debit") as answer:
+    """Send the request; return the status and the body that the page shows."""
+    with page.expect_response("**/payments/debit") as response:
         operation(page).get_by_role("button", name="Execute").press("Enter")
-    expect(shown_answer(page)).to_contain_text(answer.value.headers["x-request-id"])
-    status = shown_answer(page).locator(".response-col_status").inner_text()
-    body = shown_answer(page).locator(".highlight-code code").first.inner_text()
+    expect(shown_response(page)).to_contain_text(response.value.headers["x-request-id"])
+    status = shown_response(page).locator(".response-col_status").inner_text()
+    body = shown_response(page).locator(".highlight-code code").first.inner_text()
     return status.split()[0], json.loads(body)

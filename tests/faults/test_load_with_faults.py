@@ -1,4 +1,4 @@
-"""The short form of `make torture`: load and faults at once, then the books."""
+"""A short run of `make torture`: load with faults, then a comparison with the ledger."""
 
 import pytest
 from faulty_gateway import FAULTS
@@ -8,7 +8,7 @@ pytestmark = pytest.mark.alone
 
 SECONDS = 25
 SEED = 7
-DEEDS = (
+DISRUPTIONS = (
     "Postgres restarted",
     "Postgres killed",
     "service killed",
@@ -17,18 +17,20 @@ DEEDS = (
 )
 
 
-def test_under_load_and_faults_nothing_is_lost_or_doubled() -> None:
-    torture = Torture(SEED, SECONDS, say=print, chaos_pause_seconds=1.5, deeds=DEEDS)
+def test_no_debit_is_lost_or_duplicated_under_load_with_faults() -> None:
+    torture = Torture(
+        SEED, SECONDS, report=print, disruption_pause_seconds=1.5, disruptions=DISRUPTIONS
+    )
 
-    def has_seen_enough() -> bool:
+    def is_sufficient() -> bool:
         return (
-            torture.seen["charged"] > 500
-            and torture.seen["replays"] > 50
+            torture.counts["charged"] > 500
+            and torture.counts["replays"] > 50
             and len([fault for fault in FAULTS if torture.faults[fault]]) > len(FAULTS) / 2
-            and all(torture.faults[deed] for deed in DEEDS)
+            and all(torture.faults[disruption] for disruption in DISRUPTIONS)
         )
 
-    torture.run(has_seen_enough)
+    torture.run(is_sufficient)
     assert torture.violations == []
-    assert has_seen_enough(), (torture.seen, torture.faults)
-    assert torture.seen["unknowns settled"] > 0
+    assert is_sufficient(), (torture.counts, torture.faults)
+    assert torture.counts["unknown outcomes resolved"] > 0

@@ -1,4 +1,4 @@
-"""What the metrics count as charged is what the ledger says, whatever gets lost on the way."""
+"""The amount metric matches the ledger when calls and responses are lost."""
 
 import random
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from servers import await_true
 
 Start = Callable[..., httpx.Client]
 
-FAULTS_CHOSEN = [fault for fault in FAULTS if "silent" not in fault]
+QUICK_FAULTS = [fault for fault in FAULTS if "silent" not in fault]
 
 
 class Buyer:
-    """Buys under a key until the answer is final, then asks once more."""
+    """Send a debit with one key until it succeeds, then repeat it once."""
 
     def __init__(self, service: httpx.Client, user_id: int, item_id: UUID) -> None:
         self._service = service
@@ -30,42 +30,42 @@ class Buyer:
         key = str(uuid4())
         was_unknown = False
 
-        def ask() -> httpx.Response | None:
+        def attempt() -> httpx.Response | None:
             nonlocal was_unknown
-            answer = post_debit(self._service, self._user_id, self._item_id, key)
-            if answer.status_code == 200:
-                return answer
-            was_unknown |= answer.json()["code"] == "outcome_unknown"
+            response = post_debit(self._service, self._user_id, self._item_id, key)
+            if response.status_code == 200:
+                return response
+            was_unknown |= response.json()["code"] == "outcome_unknown"
             return None
 
-        answer = await_true(ask)
-        assert answer is not None
-        if "idempotent-replayed" in answer.headers:
+        response = await_true(attempt)
+        assert response is not None
+        if "idempotent-replayed" in response.headers:
             assert was_unknown
-            self.amount_not_counted += answer.json()["amount"]
-        again = await_true(ask)
-        assert again is not None
-        assert again.headers["idempotent-replayed"] == "true"
-        assert again.json() == answer.json()
+            self.amount_not_counted += response.json()["amount"]
+        replay = await_true(attempt)
+        assert replay is not None
+        assert replay.headers["idempotent-replayed"] == "true"
+        assert replay.json() == response.json()
 
 
-def test_amounts_counted_are_those_of_the_ledger_but_for_outcomes_that_were_told_as_unknown(
+def test_the_amount_metric_matches_the_ledger_except_for_unknown_outcomes(
     gateway_url: str, start_service: Start, database: Database
 ) -> None:
-    dice = random.Random(7)
+    draw = random.Random(7)
     item_id = database.add_item(350)
     users = [database.add_user(100_000) for _ in range(12)]
 
     def choose() -> str | None:
-        return dice.choice(FAULTS_CHOSEN) if dice.random() < 0.3 else None
+        return draw.choice(QUICK_FAULTS) if draw.random() < 0.3 else None
 
     with FaultyGateway(gateway_url, choose) as gateway:
         service = start_service(supabase_url=gateway.url, request_timeout_seconds=2)
         before = amount_debited(service)
         buyers = [Buyer(service, user_id, item_id) for user_id in users for _ in range(5)]
         with ThreadPoolExecutor(12) as threads:
-            for bought in [threads.submit(buyer.buy) for buyer in buyers]:
-                bought.result()
+            for future in [threads.submit(buyer.buy) for buyer in buyers]:
+                future.result()
         counted = amount_debited(service) - before
     charged = sum(sum(database.debits(user_id)) for user_id in users)
     assert charged == 350 * len(buyers)

@@ -1,4 +1,4 @@
-"""Processes are stopped, killed and overrun: the books stay right and answers true."""
+"""Processes that are stopped, killed or overloaded: responses match the ledger."""
 
 import contextlib
 import json
@@ -18,9 +18,9 @@ from uuid import UUID
 import httpx
 import psycopg
 import pytest
-from client import ask_outcome, connect, post_debit
+from client import connect, get_outcome, post_debit
 from database import Database, locked
-from servers import await_true, free_port, make_settings, measured, served, service_process
+from servers import await_true, free_port, make_settings, served, service_process, with_coverage
 from timing import assert_below, repeated_if_too_slow
 
 from app.main import create_app
@@ -35,24 +35,24 @@ Start = Callable[..., httpx.Client]
 
 
 def await_waiting(database: Database, debits: int) -> None:
-    """Wait until so many debits wait for a row; those that give up come again."""
+    """Wait until a number of debits wait for a row lock; calls that time out are retried."""
     count = "select count(*) from pg_stat_activity where wait_event_type = 'Lock'"
     await_true(lambda: database.connection.execute(count).fetchone() == (debits,))
 
 
 @pytest.mark.parametrize("signals", [1, 2], ids=["SIGTERM", "SIGTERM twice"])
-def test_sigterm_lets_debits_under_way_finish_and_be_answered(
+def test_debits_in_flight_complete_after_sigterm(
     gateway_url: str, products_url: str, migrated_port: int, database: Database, signals: int
 ) -> None:
     users = [database.add_user(5000), database.add_user(5000)]
     item_id = database.add_item(350)
     with (
-        service_process(gateway_url, products_url, **measured()) as (process, url),  # type: ignore[arg-type]  # texts
+        service_process(gateway_url, products_url, **with_coverage()) as (process, url),  # type: ignore[arg-type]  # texts
         connect(url) as service,
         ThreadPoolExecutor() as clients,
     ):
         with locked(migrated_port, *users):
-            answers = [
+            responses = [
                 clients.submit(post_debit, service, user_id, item_id, "key") for user_id in users
             ]
             await_waiting(database, 2)
@@ -64,14 +64,14 @@ def test_sigterm_lets_debits_under_way_finish_and_be_answered(
                 time.sleep(1.2)
             with pytest.raises(httpx.ConnectError):
                 httpx.get(f"{url}/health")
-        assert [answer.result().status_code for answer in answers] == [200, 200]
+        assert [response.result().status_code for response in responses] == [200, 200]
         assert process.wait(30) in (0, 143, -signal.SIGTERM)
     assert [database.debits(user_id) for user_id in users] == [[350], [350]]
     assert database.audit() == []
 
 
 class BusyClient(threading.Thread):
-    """Pays without pause on one connection, until the service no longer accepts one."""
+    """Send debits on one connection without a pause, until the service accepts no connection."""
 
     def __init__(self, url: str, user_id: int, item_id: UUID) -> None:
         super().__init__()
@@ -104,14 +104,14 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.alone
-def test_sigterm_breaks_no_connection_of_clients_that_pay_without_pause(
+def test_sigterm_breaks_no_connection_of_busy_clients(
     gateway_url: str, products_url: str, database: Database
 ) -> None:
     item_id = database.add_item(1)
     start = partial(service_process, gateway_url, products_url, LOG_LEVEL="ERROR")
     with ExitStack() as stack, ThreadPoolExecutor(8) as threads:
         starting = [threads.submit(stack.enter_context, start()) for _ in range(8)]
-        for process, url in [one.result() for one in starting]:
+        for process, url in [future.result() for future in starting]:
             users = [database.add_user(100_000) for _ in range(30)]
             clients = [BusyClient(url, user_id, item_id) for user_id in users]
             for client in clients:
@@ -127,7 +127,7 @@ def test_sigterm_breaks_no_connection_of_clients_that_pay_without_pause(
             ]
 
 
-def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(
+def test_a_debit_interrupted_by_sigkill_is_charged_once_after_the_retry(
     gateway_url: str, products_url: str, migrated_port: int, database: Database
 ) -> None:
     user_id = database.add_user(5000)
@@ -138,20 +138,20 @@ def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(
             service_process(gateway_url, products_url) as (process, url),
             connect(url) as service,
         ):
-            lost = clients.submit(post_debit, service, user_id, item_id, "key")
+            first = clients.submit(post_debit, service, user_id, item_id, "key")
             await_waiting(database, 1)
             process.kill()
             with pytest.raises(httpx.TransportError):
-                lost.result()
+                first.result()
         with service_process(gateway_url, products_url) as (_, url), connect(url) as service:
-            answers = [post_debit(service, user_id, item_id, "key") for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [200, 200]
-    assert answers[0].json() == answers[1].json()
+            responses = [post_debit(service, user_id, item_id, "key") for _ in range(2)]
+    assert [response.status_code for response in responses] == [200, 200]
+    assert responses[0].json() == responses[1].json()
     assert database.debits(user_id) == [350]
     assert database.audit() == []
 
 
-def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
+def test_a_client_that_disconnects_is_charged_once_and_can_look_up_the_outcome(
     gateway_url: str, products_url: str, migrated_port: int, database: Database
 ) -> None:
     user_id = database.add_user(5000)
@@ -171,16 +171,16 @@ def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
             )
             await_waiting(database, 1)
         await_true(lambda: database.debits(user_id))
-        asked = ask_outcome(service, user_id, "key")
-        again = post_debit(service, user_id, item_id, "key")
-    assert asked.json() == again.json()
-    assert again.headers["idempotent-replayed"] == "true"
+        found = get_outcome(service, user_id, "key")
+        replay = post_debit(service, user_id, item_id, "key")
+    assert found.json() == replay.json()
+    assert replay.headers["idempotent-replayed"] == "true"
     assert database.debits(user_id) == [350]
 
 
 @pytest.mark.alone
 @repeated_if_too_slow
-def test_more_debits_than_may_wait_are_refused_at_once(
+def test_debits_above_the_waiting_limit_are_rejected_immediately(
     start_service: Start, migrated_port: int, database: Database
 ) -> None:
     users = [database.add_user(5000) for _ in range(4)]
@@ -193,17 +193,17 @@ def test_more_debits_than_may_wait_are_refused_at_once(
             ]
             await_waiting(database, 3)
             started = time.monotonic()
-            refused = post_debit(service, users[3], item_id, "key")
+            rejected = post_debit(service, users[3], item_id, "key")
             took_seconds = time.monotonic() - started
-        assert (refused.status_code, refused.json()["code"]) == (503, "overloaded")
-        assert refused.headers["retry-after"] == "1"
+        assert (rejected.status_code, rejected.json()["code"]) == (503, "overloaded")
+        assert rejected.headers["retry-after"] == "1"
         assert_below(took_seconds, 0.5)
-        assert [answer.result().status_code for answer in waiting] == [200] * 3
+        assert [response.result().status_code for response in waiting] == [200] * 3
     assert post_debit(service, users[3], item_id, "key").status_code == 200
     assert [database.debits(user_id) for user_id in users] == [[350]] * 4
 
 
-def test_an_exhausted_pool_of_the_gateway_loses_nothing(
+def test_an_exhausted_gateway_pool_loses_no_debit(
     migrated_port: int, products_url: str, database: Database
 ) -> None:
     users = [database.add_user(5000) for _ in range(12)]
@@ -215,23 +215,23 @@ def test_an_exhausted_pool_of_the_gateway_loses_nothing(
         settings = make_settings(supabase_url=gateway_url, products_service_url=products_url)
         with served(create_app(settings)) as url, connect(url) as service:
             with locked(migrated_port, users[0]):
-                answers = [
+                responses = [
                     clients.submit(post_debit, service, user, item_id, "key") for user in users
                 ]
                 await_waiting(database, 1)
-                answers[0].result()
-            for user_id, answer in zip(users, answers, strict=True):
-                assert_told_the_truth(database, service, user_id, item_id, answer)
+                responses[0].result()
+            for user_id, response in zip(users, responses, strict=True):
+                assert_response_matches_ledger(database, service, user_id, item_id, response)
 
 
-def assert_told_the_truth(
+def assert_response_matches_ledger(
     database: Database,
     service: httpx.Client,
     user_id: int,
     item_id: UUID,
-    answer: Future[httpx.Response],
+    debit: Future[httpx.Response],
 ) -> None:
-    response = answer.result()
+    response = debit.result()
     if response.status_code == 504:
         response = post_debit(service, user_id, item_id, "key")
     assert response.status_code in (200, 503)
@@ -240,7 +240,7 @@ def assert_told_the_truth(
 
 @pytest.fixture
 def own_postgres() -> Iterator[tuple[Path, int]]:
-    """A server that the test may kill, with the migrations applied."""
+    """Run a migrated server that the test may kill."""
     with temporary_folder() as folder:
         directory = folder / "postgres"
         port = free_port()
@@ -261,12 +261,12 @@ def kill_and_start(directory: Path, port: int) -> None:
         with contextlib.suppress(PostgresFailed):
             start_postgres(directory, port)
             return
-        time.sleep(0.1)  # its orphans still hold the shared memory
+        time.sleep(0.1)  # its child processes still use the shared memory
     raise AssertionError("the server did not start again")
 
 
 @pytest.mark.parametrize("fault", [restart, kill_and_start], ids=["restarted", "killed"])
-def test_debits_while_postgres_goes_down_and_comes_back_are_told_truly(
+def test_responses_match_the_ledger_when_postgres_restarts(
     own_postgres: tuple[Path, int], fault: Callable[[Path, int], None]
 ) -> None:
     directory, port = own_postgres
@@ -282,35 +282,35 @@ def test_debits_while_postgres_goes_down_and_comes_back_are_told_truly(
         connect(url) as service,
         ThreadPoolExecutor(8) as clients,
     ):
-        answers = [
+        responses = [
             clients.submit(post_debit, service, users[n % 8], item_id, f"key-{n}")
             for n in range(200)
         ]
-        await_true(lambda: sum(answer.done() for answer in answers) >= 40)
+        await_true(lambda: sum(response.done() for response in responses) >= 40)
         fault(directory, port)
-        told = {f"key-{n}": answer.result() for n, answer in enumerate(answers)}
+        by_key = {f"key-{n}": response.result() for n, response in enumerate(responses)}
         with psycopg.connect(database_url(port), autocommit=True) as connection:
-            assert_books_match(Database(connection), service, users, item_id, told)
+            assert_ledger_matches(Database(connection), service, users, item_id, by_key)
 
 
 def settings_of(gateway_url: str, products_url: str) -> Settings:
     return make_settings(supabase_url=gateway_url, products_service_url=products_url)
 
 
-def assert_books_match(
+def assert_ledger_matches(
     database: Database,
     service: httpx.Client,
     users: list[int],
     item_id: UUID,
-    told: dict[str, httpx.Response],
+    by_key: dict[str, httpx.Response],
 ) -> None:
     entries = database.keys_of_debits(users)
     assert len(entries) == len(set(entries))
-    for number, (key, answer) in enumerate(told.items()):
-        assert answer.status_code in (200, 503, 504), answer.text
-        if answer.status_code == 504:
-            settled = post_debit(service, users[number % 8], item_id, key)
-            assert settled.status_code == 200
+    for number, (key, response) in enumerate(by_key.items()):
+        assert response.status_code in (200, 503, 504), response.text
+        if response.status_code == 504:
+            retried = post_debit(service, users[number % 8], item_id, key)
+            assert retried.status_code == 200
             continue
-        assert (key in entries) == (answer.status_code == 200), answer.text
+        assert (key in entries) == (response.status_code == 200), response.text
     assert database.audit() == []

@@ -1,4 +1,4 @@
-"""The kubectl commands of README and runbook do what they say, with the real kubectl."""
+"""The kubectl commands of README and runbook, run with the real kubectl."""
 
 import json
 import os
@@ -23,14 +23,14 @@ Run = Callable[[str], subprocess.CompletedProcess[str]]
 
 
 def commands(document: str) -> list[str]:
-    """Return the commands of a document's code blocks; continued lines joined, no comments."""
+    """Return the commands in the code blocks of a document, without comments."""
     blocks = re.findall(r"^ *```sh\n(.*?)^ *```", document, re.DOTALL | re.MULTILINE)
     lines = re.sub(r" *\\\n *", " ", "".join(blocks)).splitlines()
     return [re.sub(r"\s+# .*", "", line).strip() for line in lines]
 
 
-MAKE_SECRET = next(command for command in commands(README) if command.startswith(CREATE))
-WRITE_SECRET = MAKE_SECRET.partition(" | ")[0]
+CREATE_SECRET = next(command for command in commands(README) if command.startswith(CREATE))
+WRITE_SECRET = CREATE_SECRET.partition(" | ")[0]
 
 
 @pytest.fixture
@@ -41,13 +41,13 @@ def api() -> Iterator[ApiServer]:
 
 @pytest.fixture
 def run(api: ApiServer, tmp_path: Path) -> Run:
-    """Run a command in a copy of k8s/, with a kubectl that talks to the API server of the test."""
+    """Return a function that runs commands in a copy of k8s/ on the test's API server."""
     kubectl = find_program("kubectl")
     shutil.copytree(ROOT / "k8s", tmp_path / "k8s")
     write_env(tmp_path, SUPABASE_URL="https://abc.supabase.co", SUPABASE_KEY='"quoted"')
     wrapper = tmp_path / "bin" / "kubectl"
     wrapper.parent.mkdir()
-    # The API server of the test serves no OpenAPI document to validate against.
+    # The API server of the test has no OpenAPI document for validation.
     wrapper.write_text(
         '#!/bin/sh\ncase "$1" in apply | replace) set -- "$@" --validate=false ;; esac\n'
         f'exec {kubectl} "$@"\n'
@@ -91,19 +91,19 @@ def read_secret(api: ApiServer) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", ["kubectl apply -f deployment.yaml", "kubectl apply -f ."])
-def test_one_command_makes_all_objects_on_an_empty_cluster(
+def test_one_command_creates_all_objects_on_an_empty_cluster(
     api: ApiServer, run: Run, command: str
 ) -> None:
-    said = succeed(run(command)).splitlines()
-    assert len(said) == len(api.objects) == 7
-    assert all(line.endswith(" created") for line in said)
+    output = succeed(run(command)).splitlines()
+    assert len(output) == len(api.objects) == 7
+    assert all(line.endswith(" created") for line in output)
 
 
 def test_a_repeated_apply_changes_only_what_kubectl_always_sends(api: ApiServer, run: Run) -> None:
     succeed(run("kubectl apply -f deployment.yaml"))
     api.calls.clear()
-    said = succeed(run("kubectl apply -f deployment.yaml")).splitlines()
-    configured = [line for line in said if not line.endswith(" unchanged")]
+    output = succeed(run("kubectl apply -f deployment.yaml")).splitlines()
+    configured = [line for line in output if not line.endswith(" unchanged")]
     assert configured == ["poddisruptionbudget.policy/payment-service-dev configured"]
     assert len(api.calls) == 1
 
@@ -112,113 +112,117 @@ def test_a_repeated_apply_changes_only_what_kubectl_always_sends(api: ApiServer,
     ("default", "kind"),
     [("\n          protocol: TCP", "networkpolicy"), ("\n    type: RollingUpdate", "deployment")],
 )
-def test_a_default_that_is_not_written_out_would_be_seen(
-    run: Run, tmp_path: Path, default: str, kind: str
-) -> None:
+def test_an_omitted_default_is_detected(run: Run, tmp_path: Path, default: str, kind: str) -> None:
     manifest = tmp_path / "k8s" / "deployment.yaml"
     assert default in manifest.read_text()
     manifest.write_text(manifest.read_text().replace(default, ""))
     succeed(run("kubectl apply -f deployment.yaml"))
-    said = succeed(run("kubectl apply -f deployment.yaml"))
-    assert re.search(rf"^{kind}\S+ configured$", said, re.MULTILINE)
+    output = succeed(run("kubectl apply -f deployment.yaml"))
+    assert re.search(rf"^{kind}\S+ configured$", output, re.MULTILINE)
 
 
-def test_everything_can_be_deleted_and_made_again_and_the_secret_is_gone(
-    api: ApiServer, run: Run
-) -> None:
+def test_delete_and_apply_recreate_everything_except_the_secret(api: ApiServer, run: Run) -> None:
     command = "kubectl delete -f deployment.yaml && kubectl apply -f deployment.yaml"
     assert command in commands(README)
     succeed(run("kubectl apply -f deployment.yaml"))
-    succeed(run(MAKE_SECRET))
+    succeed(run(CREATE_SECRET))
     succeed(run(command))
     assert len(api.objects) == 7
     assert api.find("Secret") is None
-    succeed(run(MAKE_SECRET))
+    succeed(run(CREATE_SECRET))
     assert len(api.objects) == 8
 
 
-def test_the_commands_of_the_readme_end_with_all_pods(api: ApiServer, run: Run) -> None:
+def test_the_commands_of_the_readme_roll_out_all_pods(api: ApiServer, run: Run) -> None:
     listed = commands(README)
     first = listed.index("kubectl apply -f deployment.yaml")
-    after_last = next(n for n, one in enumerate(listed) if "port-forward" in one)
+    after_last = next(n for n, command in enumerate(listed) if "port-forward" in command)
     for command in listed[first:after_last]:
-        said = succeed(run(command))
-    assert "successfully rolled out" in said
+        output = succeed(run(command))
+    assert "successfully rolled out" in output
     deployment = api.find("Deployment")
     assert deployment is not None
     assert deployment["spec"]["replicas"] == 2
 
 
 @pytest.mark.parametrize("document", [README, RUNBOOK], ids=["README", "runbook"])
-def test_the_number_of_pods_is_set_before_the_rollout_is_waited_for(document: str) -> None:
+def test_the_commands_wait_for_the_autoscaler_before_the_rollout(document: str) -> None:
     listed = commands(document)
-    applied = [n for n, one in enumerate(listed) if re.search("apply -[fk] .*(dep|prod)", one)]
+    applied = [n for n, line in enumerate(listed) if re.search("apply -[fk] .*(dep|prod)", line)]
     assert applied
     for n in applied:
         if "delete" in listed[n]:
             continue
-        wait, status = [one for one in listed[n:] if " wait " in one or "rollout status" in one][:2]
+        wait, status = [
+            line for line in listed[n:] if " wait " in line or "rollout status" in line
+        ][:2]
         assert " wait --for=condition=AbleToScale hpa/payment-service" in wait
         assert " rollout status deployment/payment-service" in status
 
 
 @pytest.mark.parametrize("before", ["nothing", "create", "apply", "the same command"])
-def test_the_secret_holds_what_is_in_env_whatever_was_there_before(
+def test_the_secret_matches_the_env_file_after_any_earlier_command(
     api: ApiServer, run: Run, tmp_path: Path, before: str
 ) -> None:
     earlier = {
         "nothing": "true",
         "create": f"{WRITE_SECRET} | kubectl create --validate=false -f -",
         "apply": f"{WRITE_SECRET} | kubectl apply -f -",
-        "the same command": MAKE_SECRET,
+        "the same command": CREATE_SECRET,
     }
     write_env(tmp_path, SUPABASE_KEY="old", AUTH_JWKS_URL="https://login.example.org/certs")
     succeed(run(earlier[before]))
     write_env(tmp_path, SUPABASE_KEY='"new"')
-    succeed(run(MAKE_SECRET))
+    succeed(run(CREATE_SECRET))
     assert read_secret(api) == {"SUPABASE_KEY": '"new"'}
 
 
-def test_the_example_of_env_can_be_made_into_the_secret(
+def test_the_secret_can_be_created_from_the_example_env_file(
     api: ApiServer, run: Run, tmp_path: Path
 ) -> None:
     shutil.copy(ROOT / ".env.example", tmp_path / ".env")
-    succeed(run(MAKE_SECRET))
+    succeed(run(CREATE_SECRET))
     names = re.findall(r"^(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE)
     assert sorted(read_secret(api)) == sorted(names)
 
 
-def test_a_missing_env_leaves_the_secret(api: ApiServer, run: Run, tmp_path: Path) -> None:
-    succeed(run(MAKE_SECRET))
+def test_a_missing_env_file_leaves_the_secret_unchanged(
+    api: ApiServer, run: Run, tmp_path: Path
+) -> None:
+    succeed(run(CREATE_SECRET))
     (tmp_path / ".env").unlink()
-    ended = run(MAKE_SECRET)
+    ended = run(CREATE_SECRET)
     assert ended.returncode != 0
     assert "no such file" in ended.stderr
     assert read_secret(api)["SUPABASE_URL"] == "https://abc.supabase.co"
 
 
-def test_apply_would_keep_a_variable_that_was_removed(
-    api: ApiServer, run: Run, tmp_path: Path
-) -> None:
+def test_kubectl_apply_keeps_a_removed_variable(api: ApiServer, run: Run, tmp_path: Path) -> None:
     succeed(run(f"{WRITE_SECRET} | kubectl create --validate=false -f -"))
     write_env(tmp_path, SUPABASE_URL="https://abc.supabase.co")
     succeed(run(f"{WRITE_SECRET} | kubectl apply -f -"))
     assert "SUPABASE_KEY" in read_secret(api)
 
 
-def test_the_secret_is_made_by_the_same_command_everywhere() -> None:
-    found = [one for text in (README, RUNBOOK) for one in commands(text) if one.startswith(CREATE)]
+def test_the_secret_is_created_by_the_same_command_everywhere() -> None:
+    found = [
+        command
+        for document in (README, RUNBOOK)
+        for command in commands(document)
+        if command.startswith(CREATE)
+    ]
     assert len(found) == 3
     assert f"--namespace {NAMESPACE} " in found[0]
-    plain = {
-        one.replace(f"{NAMESPACE} ", "payment-service ").replace("../.env", ".env") for one in found
+    in_production = {
+        command.replace(f"{NAMESPACE} ", "payment-service ").replace("../.env", ".env")
+        for command in found
     }
-    assert len(plain) == 1
+    assert len(in_production) == 1
     assert "create secret generic" not in README.replace(CREATE, "")
 
 
-def test_monitoring_is_applied_to_a_namespace_that_was_made() -> None:
+def test_the_monitoring_namespace_is_created_before_its_objects() -> None:
     for text in (README, RUNBOOK):
         listed = commands(text)
-        made = listed.index("kubectl create namespace monitoring")
-        assert listed[made + 1] == "kubectl apply -f k8s/monitoring/"
+        creation = listed.index("kubectl create namespace monitoring")
+        assert listed[creation + 1] == "kubectl apply -f k8s/monitoring/"

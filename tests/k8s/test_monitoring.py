@@ -1,4 +1,4 @@
-"""Alerts, dashboard and runbook ask only for what the service really shows, and agree."""
+"""Alerts, dashboard and runbook use only existing metrics, and agree with each other."""
 
 import json
 import re
@@ -34,20 +34,23 @@ RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
 QUERIES = [
     *((name, rule["expr"]) for name, rule in ALERTS.items()),
     *((panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]),
-    *((one["name"], one["definition"]) for one in DASHBOARD["templating"]["list"][1:]),
+    *(
+        (variable["name"], variable["definition"])
+        for variable in DASHBOARD["templating"]["list"][1:]
+    ),
 ]
-# What Prometheus itself adds to every series, and the one series that it makes.
+# Labels that Prometheus adds to every series, and the series that it generates.
 ADDED_LABELS = {"job", "namespace", "pod"}
 ADDED_SERIES = "up"
 
-Shown = dict[str, dict[str, set[str]]]
+Metrics = dict[str, dict[str, set[str]]]
 
 
 @pytest.fixture(scope="module")
-def shown(gateway_url: str, products_url: str, database_session: psycopg.Connection) -> Shown:
-    """What /metrics shows after a run: the series, their labels, and these labels' values."""
+def metrics(gateway_url: str, products_url: str, database_session: psycopg.Connection) -> Metrics:
+    """Return the series of /metrics after a run, with their labels and label values."""
     database = Database(database_session)
-    series: Shown = defaultdict(lambda: defaultdict(set))
+    series: Metrics = defaultdict(lambda: defaultdict(set))
     with (
         service_process(gateway_url, products_url) as (_, url),
         RawServer(b"") as broken,
@@ -69,7 +72,7 @@ def shown(gateway_url: str, products_url: str, database_session: psycopg.Connect
 
 
 def read_query(query: str) -> tuple[set[str], list[tuple[str, str, str, str]], set[str]]:
-    """Take a query apart: its series, its matchers with their series, the labels it groups by."""
+    """Parse a query: return its series, its matchers with their series, its grouping labels."""
     matchers = [
         (series, *matcher)
         for series, inside in re.findall(r"(\w+)\{([^}]*)\}", query)
@@ -91,27 +94,27 @@ def read_query(query: str) -> tuple[set[str], list[tuple[str, str, str, str]], s
 def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
     rules = tmp_path / "rules.yaml"
     rules.write_text(yaml.safe_dump(RULES["spec"]))
-    said = subprocess.run(
+    ended = subprocess.run(
         [find_program("promtool"), "check", "rules", "--lint=all", "--lint-fatal", str(rules)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert said.returncode == 0, said.stdout + said.stderr
-    assert f"{len(ALERTS)} rules found" in said.stdout
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"{len(ALERTS)} rules found" in ended.stdout
 
 
-def test_every_alert_fires_on_its_case_and_on_no_other(tmp_path: Path) -> None:
+def test_every_alert_fires_only_in_its_own_case(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(RULES["spec"]))
     cases = tmp_path / "alerts.yaml"
     shutil.copy(Path(__file__).parent / "alerts.yaml", cases)
-    said = subprocess.run(
+    ended = subprocess.run(
         [find_program("promtool"), "test", "rules", str(cases)],
         capture_output=True,
         text=True,
         check=False,
     )
-    assert said.returncode == 0, said.stdout + said.stderr
+    assert ended.returncode == 0, ended.stdout + ended.stderr
     checks = [
         check
         for test in yaml.safe_load(cases.read_text())["tests"]
@@ -123,68 +126,68 @@ def test_every_alert_fires_on_its_case_and_on_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "query"), QUERIES, ids=[name for name, _ in QUERIES])
-def test_a_query_asks_for_series_and_labels_that_the_service_shows(
-    shown: Shown, name: str, query: str
+def test_a_query_uses_only_series_and_labels_of_the_service(
+    metrics: Metrics, name: str, query: str
 ) -> None:
     names, matchers, grouped = read_query(query)
     assert names
-    assert names <= set(shown) | {ADDED_SERIES}, name
-    labels = ADDED_LABELS.union(*(shown[one] for one in names - {ADDED_SERIES}))
+    assert names <= set(metrics) | {ADDED_SERIES}, name
+    labels = ADDED_LABELS.union(*(metrics[series] for series in names - {ADDED_SERIES}))
     assert grouped <= labels
     for series, label, operator, value in matchers:
         if series == ADDED_SERIES or label in ADDED_LABELS:
             continue
-        known = set(shown[series][label])
+        known = set(metrics[series][label])
         if operator in {"=~", "!~"}:
-            assert any(re.fullmatch(value, one) for one in known), (label, value)
+            assert any(re.fullmatch(value, known_value) for known_value in known), (label, value)
         elif label != "dependency":
             assert value in known, (label, value)
 
 
-def test_the_dependencies_in_queries_are_those_of_the_code() -> None:
+def test_the_dependencies_in_queries_exist_in_the_code() -> None:
     code = "".join(path.read_text() for path in (ROOT / "app").rglob("*.py"))
     called = set(re.findall(r'dependency_call\(self\._metrics, "(\w+)"', code))
-    asked = {value for _, query in QUERIES for value in re.findall(r'dependency="(\w+)"', query)}
-    assert asked
-    assert asked <= called
+    used = {value for _, query in QUERIES for value in re.findall(r'dependency="(\w+)"', query)}
+    assert used
+    assert used <= called
 
 
 @pytest.mark.parametrize(
     "query", ["payment_debit_total", 'payment_debits_total{outcom="x"}', "sum by (user) (up)"]
 )
-def test_a_query_for_what_is_not_there_would_be_seen(shown: Shown, query: str) -> None:
+def test_a_query_for_a_missing_series_or_label_is_detected(metrics: Metrics, query: str) -> None:
     with pytest.raises(AssertionError):
-        test_a_query_asks_for_series_and_labels_that_the_service_shows(shown, "wrong", query)
+        test_a_query_uses_only_series_and_labels_of_the_service(metrics, "wrong", query)
 
 
-def test_a_share_is_that_of_the_same_requests_in_the_same_time() -> None:
-    asked = r"\w+\((\w+)\{([^}]*)\}\[(\w+)\]\)\)"
-    share = rf"{asked}\s+[<>] [\d.]+ \* sum by \(namespace\) \({asked}"
-    by_shares = {name: rule["expr"] for name, rule in ALERTS.items() if " * " in rule["expr"]}
-    assert len(by_shares) == 5
-    for name, expression in by_shares.items():
-        shares = re.findall(share, expression)
-        assert len(shares) == expression.count(" * "), name
-        for _, part, part_range, _, whole, whole_range in shares:
+def test_a_ratio_compares_the_same_requests_over_the_same_range() -> None:
+    selector = r"\w+\((\w+)\{([^}]*)\}\[(\w+)\]\)\)"
+    ratio = rf"{selector}\s+[<>] [\d.]+ \* sum by \(namespace\) \({selector}"
+    by_ratio = {name: rule["expr"] for name, rule in ALERTS.items() if " * " in rule["expr"]}
+    assert len(by_ratio) == 5
+    for name, expression in by_ratio.items():
+        ratios = re.findall(ratio, expression)
+        assert len(ratios) == expression.count(" * "), name
+        for _, part, part_range, _, whole, whole_range in ratios:
             assert part_range == whole_range, name
             (narrower,) = set(part.split(", ")) - set(whole.split(", "))
             assert set(part.split(", ")) - {narrower} == set(whole.split(", ")), name
             assert re.match("status|le|outcome", narrower), name
-        assert len({part for _, part, *_ in shares}) == 1
-        # How many there are is asked of the longest of these times.
-        ((_, counted, counted_range),) = re.findall(rf"{asked}\s*> [\d.]+$", expression, re.M)
+        assert len({part for _, part, *_ in ratios}) == 1
+        # The minimum number of requests is counted over the longest range.
+        ((_, counted, counted_range),) = re.findall(rf"{selector}\s*> [\d.]+$", expression, re.M)
         assert counted == (whole if narrower.startswith("le") else part), name
         assert counted_range == whole_range
 
 
-def test_every_alert_says_how_urgent_it_is_and_where_it_is_explained() -> None:
+def test_every_alert_has_a_severity_and_a_runbook_url() -> None:
     for name, rule in ALERTS.items():
         assert rule["labels"]["severity"] in {"page", "ticket"}
         assert {"summary", "description"} < set(rule["annotations"])
         assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{name.lower()}"
 
 
-def test_the_runbook_explains_the_alerts_that_there_are() -> None:
+def test_the_runbook_explains_every_alert() -> None:
     assert set(re.findall(r"^### (Payment\w+)$", RUNBOOK, re.MULTILINE)) == set(ALERTS)
     for name, rule in ALERTS.items():
         section = RUNBOOK.split(f"### {name}\n")[1].split("\n#")[0]
@@ -206,7 +209,7 @@ def test_prometheus_finds_the_service() -> None:
     overlay = (ROOT / "k8s" / "overlays" / "production" / "kustomization.yaml").read_text()
     assert yaml.safe_load(overlay)["namespace"] in monitor["namespaceSelector"]["matchNames"]
     (endpoint,) = monitor["endpoints"]
-    # All that there is: a name that is not known is ignored.
+    # No other names: the operator ignores unknown names.
     assert set(monitor) == {"namespaceSelector", "selector", "endpoints"}
     assert set(endpoint) == {"port", "path", "interval", "scrapeTimeout"}
     assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
@@ -214,16 +217,16 @@ def test_prometheus_finds_the_service() -> None:
     assert (endpoint["interval"], endpoint["scrapeTimeout"]) == ("15s", "5s")
 
 
-def test_the_operator_finds_both_where_the_network_policy_lets_prometheus_in() -> None:
+def test_the_network_policy_allows_the_namespace_of_the_monitoring_objects() -> None:
     policy = DEVELOPMENT["NetworkPolicy"]["spec"]
-    let_in = [peer["namespaceSelector"]["matchLabels"] for peer in policy["ingress"][0]["from"]]
+    allowed = [peer["namespaceSelector"]["matchLabels"] for peer in policy["ingress"][0]["from"]]
     for name in ("servicemonitor", "prometheusrule"):
         found = yaml.safe_load((MONITORING / f"{name}.yaml").read_text())["metadata"]["namespace"]
-        assert {"kubernetes.io/metadata.name": found} in let_in
+        assert {"kubernetes.io/metadata.name": found} in allowed
 
 
-def test_queries_take_the_services_of_all_namespaces_for_the_job() -> None:
-    # Without a jobLabel the operator calls the job as the Service.
+def test_queries_match_the_jobs_of_all_namespaces() -> None:
+    # Without a jobLabel, the operator names the job after the Service.
     names = [DEVELOPMENT["Service"]["metadata"]["name"]]
     overlay = ROOT / "k8s" / "overlays" / "production" / "name.yaml"
     names += [patch["value"] for patch in yaml.safe_load(overlay.read_text())]
@@ -232,12 +235,12 @@ def test_queries_take_the_services_of_all_namespaces_for_the_job() -> None:
     assert jobs
     for job in jobs:
         assert all(re.fullmatch(job, name) for name in names)
-    # Each process has these, whoever wrote it.
+    # Every process exports these metrics.
     for name, query in QUERIES:
         assert "job=~" in query or not re.search(r"\b(up|process_\w+)\b", query), name
 
 
-def test_panels_name_their_lines_by_what_the_queries_group_by() -> None:
+def test_panel_legends_use_the_grouping_labels() -> None:
     for panel in PANELS:
         for target in panel["targets"]:
             _, _, grouped = read_query(target["expr"])
@@ -245,12 +248,14 @@ def test_panels_name_their_lines_by_what_the_queries_group_by() -> None:
             assert named == grouped - {"le"} or panel["type"] == "table", panel["title"]
 
 
-def test_panels_look_at_ranges_that_go_with_what_is_shown() -> None:
-    ranges = {one for _, query in QUERIES[len(ALERTS) :] for one in re.findall(r"\[(.+?)\]", query)}
+def test_panels_use_the_range_variables_of_grafana() -> None:
+    ranges = {
+        found for _, query in QUERIES[len(ALERTS) :] for found in re.findall(r"\[(.+?)\]", query)
+    }
     assert ranges == {"$__rate_interval", "$__range"}
 
 
-def test_the_dashboard_opens_on_production_and_every_panel_keeps_to_the_namespace() -> None:
+def test_the_dashboard_opens_on_production_and_every_panel_filters_by_namespace() -> None:
     overlay = yaml.safe_load(
         (ROOT / "k8s" / "overlays" / "production" / "kustomization.yaml").read_text()
     )
@@ -261,33 +266,33 @@ def test_the_dashboard_opens_on_production_and_every_panel_keeps_to_the_namespac
         assert query.count('namespace=~"$namespace"') >= len(series), title
 
 
-def test_the_share_that_fails_is_zero_where_nothing_fails() -> None:
-    (panel,) = [one for one in PANELS if one["title"] == "Share of requests that fail"]
+def test_the_error_ratio_is_zero_without_errors() -> None:
+    (panel,) = [panel for panel in PANELS if panel["title"] == "Share of requests that fail"]
     failing, _, _ = panel["targets"][0]["expr"].partition(" / ")
     assert failing.endswith(" or vector(0))")
 
 
 def test_money_is_shown_in_kronor() -> None:
-    (panel,) = [one for one in PANELS if "minor_units" in one["targets"][0]["expr"]]
+    (panel,) = [panel for panel in PANELS if "minor_units" in panel["targets"][0]["expr"]]
     assert panel["targets"][0]["expr"].endswith(" / 100")
 
 
-def test_what_is_applied_with_kubectl_is_no_more_than_these_two() -> None:
+def test_kubectl_applies_only_the_service_monitor_and_the_rules() -> None:
     applied = [path for path in MONITORING.iterdir() if path.suffix in {".json", ".yaml", ".yml"}]
     kinds = {yaml.safe_load(path.read_text())["kind"] for path in applied}
     assert kinds == {"ServiceMonitor", "PrometheusRule"}
 
 
-def test_the_dashboard_asks_the_source_that_is_chosen_and_its_panels_do_not_overlap() -> None:
+def test_the_dashboard_uses_the_selected_data_source_and_its_panels_do_not_overlap() -> None:
     assert DASHBOARD["templating"]["list"][0]["type"] == "datasource"
     for panel in PANELS:
-        for one in (panel, *panel["targets"]):
-            assert one["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+        for part in (panel, *panel["targets"]):
+            assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     places = [panel["gridPos"] for panel in panels]
     assert all(place["x"] + place["w"] <= 24 for place in places)
-    for one, other in combinations(places, 2):
-        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
-        below = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+    for first, second in combinations(places, 2):
+        beside = first["x"] + first["w"] <= second["x"] or second["x"] + second["w"] <= first["x"]
+        below = first["y"] + first["h"] <= second["y"] or second["y"] + second["h"] <= first["y"]
         assert beside or below

@@ -1,4 +1,4 @@
-"""The manifests against checkov's policies, and who reaches whom under the NetworkPolicies."""
+"""The manifests against checkov's policies, and the connections that NetworkPolicies allow."""
 
 import json
 import subprocess
@@ -14,20 +14,20 @@ ROOT = Path(__file__).parent.parent.parent
 CHECKOV = ROOT / ".venv-checkov" / "bin" / "checkov"
 
 EVERYWHERE = {
-    # Throttling would slow debits when the crowd comes; the autoscaler adds pods instead.
+    # Throttling would slow debits at peak load; the autoscaler adds pods instead.
     "CKV_K8S_11": "CPU limits should be set",
-    # The service reads its environment only; a file would be as readable to whoever is inside.
+    # The service reads only its environment; a file would be as readable inside the container.
     "CKV_K8S_35": "Prefer using secrets as files over secrets as environment variables",
 }
 IN_DEVELOPMENT = {
-    # Where developers push all day, the newest is wanted; production names a digest.
+    # In development, the latest image is wanted; production uses a digest.
     "CKV_K8S_14": "Image Tag should be fixed - not latest or blank",
     "CKV_K8S_43": "Image should use digest",
 }
 
 
 def check(path: Path) -> dict[str, Any]:
-    """Run checkov on the manifests of a file, or of a folder without those below it."""
+    """Run checkov on a manifest, or on the manifests of a folder without its subfolders."""
     if not CHECKOV.exists():
         unavailable("needs checkov: make policies")
     files = [path] if path.is_file() else sorted(path.glob("*.yaml"))
@@ -45,16 +45,16 @@ def check(path: Path) -> dict[str, Any]:
 
 
 def failed(report: dict[str, Any]) -> dict[str, str]:
-    return {one["check_id"]: one["check_name"] for one in report["results"]["failed_checks"]}
+    return {check["check_id"]: check["check_name"] for check in report["results"]["failed_checks"]}
 
 
-def test_the_manifests_for_development_break_no_other_policy() -> None:
+def test_the_development_manifests_violate_only_the_listed_policies() -> None:
     report = check(ROOT / "k8s")
     assert failed(report) == EVERYWHERE | IN_DEVELOPMENT
     assert report["summary"]["passed"] > 80
 
 
-def test_the_overlay_for_production_breaks_no_other_policy(tmp_path: Path) -> None:
+def test_the_production_overlay_violates_only_the_listed_policies(tmp_path: Path) -> None:
     overlay = str(ROOT / "k8s" / "overlays" / "production")
     rendered = tmp_path / "production.yaml"
     with rendered.open("w") as file:
@@ -72,7 +72,7 @@ def test_the_overlay_for_production_breaks_no_other_policy(tmp_path: Path) -> No
         ("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false", "CKV_K8S_22"),
     ],
 )
-def test_an_unsafe_pod_would_be_seen(tmp_path: Path, safe: str, unsafe: str, broken: str) -> None:
+def test_an_unsafe_pod_is_detected(tmp_path: Path, safe: str, unsafe: str, broken: str) -> None:
     text = (ROOT / "k8s" / "deployment.yaml").read_text()
     assert text.count(safe) == 1
     changed = tmp_path / "deployment.yaml"
@@ -81,7 +81,7 @@ def test_an_unsafe_pod_would_be_seen(tmp_path: Path, safe: str, unsafe: str, bro
 
 
 class Place(NamedTuple):
-    """A pod with the labels of its namespace and of its own, or an address outside."""
+    """A pod, identified by its labels and those of its namespace, or an external address."""
 
     address: str = ""
     namespace: str = ""
@@ -104,13 +104,13 @@ def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 
 
 def is_peer(peer: dict[str, Any], place: Place) -> bool:
-    """Tell whether a peer of a rule is the place; both selectors of a peer have to fit."""
+    """Return whether a peer of a rule matches the place; both selectors must match."""
     if "ipBlock" in peer:
         block = peer["ipBlock"]
         if not place.address or place.namespace:
             return False
         address = ip_address(place.address)
-        excepted = any(address in ip_network(one) for one in block.get("except", ()))
+        excepted = any(address in ip_network(network) for network in block.get("except", ()))
         return address in ip_network(block["cidr"]) and not excepted
     assert "namespaceSelector" in peer
     return (
@@ -123,7 +123,7 @@ def is_peer(peer: dict[str, Any], place: Place) -> bool:
 def is_allowed(rules: list[dict[str, Any]], side: str, place: Place, port: int | str) -> bool:
     return any(
         any(is_peer(peer, place) for peer in rule[side])
-        and port in [one["port"] for one in rule["ports"]]
+        and port in [allowed["port"] for allowed in rule["ports"]]
         for rule in rules
     )
 
@@ -131,9 +131,11 @@ def is_allowed(rules: list[dict[str, Any]], side: str, place: Place, port: int |
 def policy(overlay: str) -> dict[str, Any]:
     command = [find_program("kubectl"), "kustomize", str(ROOT / "k8s" / "overlays" / overlay)]
     rendered = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (found,) = [one for one in yaml.safe_load_all(rendered) if one["kind"] == "NetworkPolicy"]
+    (found,) = [
+        document for document in yaml.safe_load_all(rendered) if document["kind"] == "NetworkPolicy"
+    ]
     spec: dict[str, Any] = found["spec"]
-    assert set(spec["policyTypes"]) == {"Ingress", "Egress"}  # what no rule allows is refused
+    assert set(spec["policyTypes"]) == {"Ingress", "Egress"}  # everything else is denied
     assert all(rule["from"] for rule in spec["ingress"])
     assert all(rule["to"] for rule in spec["egress"])
     return spec
@@ -160,11 +162,11 @@ DESTINATIONS = {
     "a products service elsewhere": (PRODUCTS._replace(namespace="x"), 8001, {"base"}),
     "collector": (COLLECTOR, 4318, {"base", "production"}),
     "Grafana": (COLLECTOR._replace(name="grafana"), 4318, set()),
-    "Supabase, put in": (Place("192.0.2.7"), 443, {"base", "production"}),
-    "the issuer, put in": (Place("198.51.100.7"), 443, {"base", "production"}),
+    "Supabase, as configured": (Place("192.0.2.7"), 443, {"base", "production"}),
+    "the issuer, as configured": (Place("198.51.100.7"), 443, {"base", "production"}),
     "any host": (Place("203.0.113.9"), 443, {"base"}),
     "any host, IPv6": (Place("2001:db8::1"), 443, {"base"}),
-    "any host in clear": (Place("203.0.113.9"), 80, set()),
+    "any host over plain HTTP": (Place("203.0.113.9"), 80, set()),
     "the API server's Service": (Place("10.96.0.1"), 443, set()),
     "the API server of a managed cluster": (Place("172.16.0.2"), 443, set()),
     "an API server behind carrier-grade NAT": (Place("100.64.0.1"), 443, set()),

@@ -1,1 +1,1 @@
-"""Mistakes in the rules, put into a copy of the project one at a time; the properties find each."""
+"""Mutation tests: each mistake in a copy of the project makes a property test fail."""

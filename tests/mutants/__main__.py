@@ -1,4 +1,4 @@
-"""Put each mutant into a copy of the project and run the property tests there: make mutants.
+"""Apply each mutant to a copy of the project and run the property tests there: make mutants.
 
 A mutant is caught if a property test fails. The exit status is 1 if one survives.
 """
@@ -26,17 +26,20 @@ SURVIVED = "-"
 
 
 class TestsDoNotRun(Exception):
-    """The tests could not judge a mutant; the message holds the end of their output."""
+    """The tests could not run; the message contains the end of their output."""
 
 
 @dataclass(frozen=True)
 class Result:
+    """The test that caught a mutant, and how long that took."""
+
     mutant: Mutant
     caught_by: str
     seconds: float
 
 
 def main() -> int:
+    """Try the chosen mutants; return 1 if one survives."""
     parser = argparse.ArgumentParser(prog="make mutants", description=__doc__)
     parser.add_argument("name", nargs="*", help="try only mutants whose name contains this text")
     parser.add_argument("--list", action="store_true", help="print the names and stop")
@@ -65,7 +68,7 @@ def main() -> int:
 
 def try_all(copy: Path, mutants: list[Mutant], results: list[Result]) -> None:
     copy_project(copy)
-    for mutant in mutants:  # before the first of them takes its time
+    for mutant in mutants:  # all apply, before the first test run
         restore(*mutant.apply(copy))
     width = max(len(mutant.name) for mutant in mutants)
     print(f"{'mutant':{width}}  seconds  caught by")
@@ -101,7 +104,7 @@ def print_row(name: str, width: int, caught_by: str, seconds: float) -> None:
 
 
 def run_tests(copy: Path, first: str | None = None) -> tuple[str, float]:
-    """Return the first test that fails, or SURVIVED, and how long that took."""
+    """Return the first test that fails, or SURVIVED, and the duration."""
     began = time.monotonic()
     files = sorted(
         (path.name for path in (copy / "tests" / "property").glob("test_*.py")),
@@ -118,7 +121,7 @@ def run_tests(copy: Path, first: str | None = None) -> tuple[str, float]:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches it once, from here
+            start_new_session=True,  # Ctrl-C does not reach it directly
         ) as process,
     ):
         try:
@@ -136,7 +139,7 @@ def run_tests(copy: Path, first: str | None = None) -> tuple[str, float]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Let pytest stop the servers that it has started."""
+    """Stop pytest, which then stops the servers that it started."""
     process.send_signal(signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(30)

@@ -1,8 +1,8 @@
-"""Mutants of the service: what it sends to the database, and what it tells its callers."""
+"""Mutants of the service: its calls to the database and its responses."""
 
 from mutants.mutant import Mutant
 
-OF_ANSWERS = (
+OF_RESPONSES = (
     (
         "a repeated payment has no header",
         "api/payments.py",
@@ -16,7 +16,7 @@ OF_ANSWERS = (
         "",
     ),
     (
-        "the changed price is not told",
+        "the changed price is not returned",
         "ledger/outcomes.py",
         "for name in names})\n",
         "for name in ()})\n",
@@ -34,7 +34,7 @@ OF_ANSWERS = (
         '    status = 404\n    code = "user_inactive"\n',
     ),
     (
-        "a look-up tells a decline as not found",
+        "a lookup returns a decline as not found",
         "api/payments.py",
         "    if outcome is None:\n",
         "    if not isinstance(outcome, Debited):\n",
@@ -46,7 +46,7 @@ OF_ANSWERS = (
         "            if callers_key:\n",
     ),
     (
-        "another debit under the key answers for a removed item",
+        "another debit with the key is replayed for a removed item",
         "payments/debits.py",
         " or not earlier.is_about(sent.debit)",
         "",
@@ -82,19 +82,19 @@ OF_BATCHES = (
 
 OF_FAULTS = (
     (
-        "its own lost response is a replay",
+        "a debit whose first response was lost is a replay",
         "ledger/outcomes.py",
         "    if outcome.replayed and str(outcome.attempt) == sent.attempt:\n",
         "    if False:\n",
     ),
     (
-        "an unknown outcome is told as not charged",
+        "an unknown outcome is returned as not charged",
         "ledger/client.py",
         "                if repeats.perhaps_done:\n",
         "                if False:\n",
     ),
     (
-        "an unknown outcome of a batch is told as not charged",
+        "an unknown outcome of a batch is returned as not charged",
         "ledger/lane.py",
         "            if waiting.is_perhaps_done:\n"
         "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))\n",
@@ -112,7 +112,7 @@ OF_FAULTS = (
 MUTANTS = [
     Mutant(f"service: {name}", f"app/{file}", old, new, found_by)
     for found_by, mutants in (
-        ("test_sequential.py", OF_ANSWERS),
+        ("test_sequential.py", OF_RESPONSES),
         ("test_concurrent.py", OF_BATCHES),
         ("test_faulty_gateway.py", OF_FAULTS),
     )

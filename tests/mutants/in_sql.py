@@ -1,4 +1,4 @@
-"""Mutants of the database's functions: each rule left out, compared the wrong way, told wrongly."""
+"""Mutants of the database functions: rules that are left out, inverted or misreported."""
 
 from mutants.mutant import DEBIT_SQL, Mutant
 
@@ -20,20 +20,20 @@ OF_RULES = (
         "    if debit.is_known_key then\n",
         "    if false then\n",
     ),
-    ("a reused key is told as a replay", "else 'idempotency_key_reused'", "else 'replayed'"),
+    ("a reused key is returned as a replay", "else 'idempotency_key_reused'", "else 'replayed'"),
     ("another item under the key is a replay", SAME_ITEM, "true"),
     ("another expected price under the key is a replay", SAME_PRICE, "true"),
     ("another actor's key is a replay", SAME_ACTOR, "true"),
     ("no actor is another actor", SAME_ACTOR, SAME_ACTOR.replace(", true", ", false")),
     (
-        "an unknown user is told as inactive",
+        "an unknown user is returned as inactive",
         "then 'user_not_found'",
         "then 'user_inactive'",
     ),
     ("an inactive user is sold to", USER_INACTIVE, ""),
     ("only inactive users are sold to", USER_INACTIVE, USER_INACTIVE.replace("not ", "")),
     (
-        "an unknown item is told as inactive",
+        "an unknown item is returned as inactive",
         ITEM_UNKNOWN,
         ITEM_UNKNOWN.replace("not_found", "inactive"),
     ),
@@ -71,7 +71,7 @@ OF_RULES = (
         "      null,\n",
     ),
     (
-        "the new price is not told",
+        "the new price is not returned",
         "case result when 'price_changed' then debit.price end",
         "null::bigint",
     ),
@@ -104,7 +104,7 @@ OF_RULES = (
         "        'amount', -debit.price,\n",
     ),
     (
-        "the balance before the call is told",
+        "the balance before the call is returned",
         "        'new_balance', last_entry.balance_after,\n        'created_at'",
         "        'new_balance', debit.balance,\n        'created_at'",
     ),
@@ -137,17 +137,17 @@ OF_LOOKUPS = (
         "and false\n",
     ),
     (
-        "a repeated payment is told as the first",
+        "a repeated payment is returned as the first",
         "    'replayed', true\n  )\n  from public",
         "    'replayed', false\n  )\n  from public",
     ),
     (
-        "a repeated decline is told as the first",
+        "a repeated decline is returned as the first",
         "    'replayed', true\n  )\n  from ledger",
         "    'replayed', false\n  )\n  from ledger",
     ),
     (
-        "a look-up has no members that are null",
+        "a lookup has no members that are null",
         "  select ledger.find_outcome(user_id_input, idempotency_key_input)\n",
         "  select jsonb_strip_nulls(ledger.find_outcome(user_id_input, idempotency_key_input))\n",
     ),
@@ -164,7 +164,7 @@ OF_BATCHES = (
         "order by request.user_id, request.place\n",
         "order by request.user_id, request.place desc\n",
     ),
-    ("a busy debit is told as declined", "result := 'busy';", "result := 'user_inactive';"),
+    ("a busy debit is returned as declined", "result := 'busy';", "result := 'user_inactive';"),
     ("a batch waits for users", "for no key update skip locked", "for no key update"),
     ("a batch waits for items", "for key share skip locked", "for key share"),
     ("a batch locks users too strongly", "for no key update skip locked", "for update skip locked"),
@@ -173,15 +173,15 @@ OF_BATCHES = (
         "for key share skip locked",
         "for no key update skip locked",
     ),
-    ("a busy user is told as unknown", BUSY_USER, "where false"),
-    ("a busy item is told as unknown", BUSY_ITEM, "where false"),
+    ("a busy user is returned as unknown", BUSY_USER, "where false"),
+    ("a busy item is returned as unknown", BUSY_ITEM, "where false"),
     (
         "a key that is used twice in a batch charges twice",
         "    if debit.idempotency_key = any(user_keys) then\n",
         "    if false then\n",
     ),
     (
-        "a repeat gets the answer of the next one",
+        "a repeat gets the outcome of the next repeat",
         "answers[repeated[number]] := repeat_answers[number];",
         "answers[repeated[number]] := repeat_answers[1];",
     ),
@@ -199,6 +199,6 @@ OF_BATCHES = (
 
 MUTANTS = [
     Mutant(f"{where}: {name}", DEBIT_SQL, old, new, "test_batches.py")
-    for where, mutants in (("rules", OF_RULES), ("look-up", OF_LOOKUPS), ("batch", OF_BATCHES))
+    for where, mutants in (("rules", OF_RULES), ("lookup", OF_LOOKUPS), ("batch", OF_BATCHES))
     for name, old, new in mutants
 ]

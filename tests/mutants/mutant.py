@@ -7,12 +7,12 @@ DEBIT_SQL = "supabase/migrations/*_debit.sql"  # a change of the file changes it
 
 
 class DoesNotApply(Exception):
-    """The text to replace is not there, or more than once."""
+    """The text to replace does not occur exactly once."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake as the replacement of one piece of text."""
+    """A mistake: the replacement of a piece of text in a file."""
 
     name: str
     file: str
@@ -21,7 +21,7 @@ class Mutant:
     found_by: str  # the file with the tests that are tried first
 
     def apply(self, root: Path) -> tuple[Path, str]:
-        """Change the file in a copy of the project; return it with its former text.
+        """Change the file in a copy of the project; return it with its original text.
 
         Raises:
             DoesNotApply: the code has changed since the mutant was written.

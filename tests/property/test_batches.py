@@ -1,7 +1,7 @@
-"""Random batches go into the database itself: each outcome is what the oracle predicts, in order.
+"""Random batches of debits in the database: the outcomes match the oracle, in order.
 
-Batches, single calls and look-ups take turns on one database. `IMPLEMENTATIONS` names the functions
-under test: another implementation of the rules is compared on the same calls if it is added there.
+Batches, single calls and lookups alternate on one database. `IMPLEMENTATIONS` names the functions
+under test; add another implementation there to compare it on the same calls.
 """
 
 from collections import Counter
@@ -13,10 +13,10 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from database import Database
-from histories import CHANGE, HISTORIES, WISH, Change, History, Wish, assert_happened
+from histories import CHANGE, DEBIT_PLAN, HISTORIES, Change, DebitPlan, History, assert_frequencies
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Answer, Debit
+from oracle import Debit, Prediction
 from psycopg.types.json import Jsonb
 
 from devstack.postgres import database_url
@@ -34,51 +34,51 @@ IMPLEMENTATIONS = [
     Functions("public.debit_use_batch", "public.debit_use", "public.find_payment"),
 ]
 
-# A row that another transaction locked like this is busy, or is not.
+# Whether a row is busy while another transaction holds a lock of this strength.
 USER_LOCKS = {"update": True, "no key update": True, "share": True, "key share": False}
 ITEM_LOCKS = {"update": True, "no key update": False, "share": False, "key share": False}
 
-# Less than half of what is usual.
-LEAST = {
+# Less than half of the usual frequencies.
+FREQUENCIES_MIN = {
     "empty batch": 20,
-    "batch tells busy": 80,
-    "batch tells debited": 120,
-    "batch tells user_not_found": 60,
-    "batch tells idempotency_key_reused": 80,
-    "batch tells user_inactive": 60,
-    "batch tells item_not_found": 30,
-    "batch tells item_inactive": 50,
-    "batch tells price_changed": 60,
-    "batch tells insufficient_funds": 40,
+    "batch returns busy": 80,
+    "batch returns debited": 120,
+    "batch returns user_not_found": 60,
+    "batch returns idempotency_key_reused": 80,
+    "batch returns user_inactive": 60,
+    "batch returns item_not_found": 30,
+    "batch returns item_inactive": 50,
+    "batch returns price_changed": 60,
+    "batch returns insufficient_funds": 40,
     "batch replays debited": 30,
     "batch replays user_inactive": 10,
     "batch replays item_not_found": 3,
     "batch replays item_inactive": 10,
     "batch replays price_changed": 10,
     "batch replays insufficient_funds": 5,
-    "single tells debited": 30,
-    "single tells idempotency_key_reused": 15,
+    "single returns debited": 30,
+    "single returns idempotency_key_reused": 15,
     "single replays debited": 5,
-    "lookup tells nothing": 500,
-    "lookup tells debited": 200,
-    "lookup tells user_inactive": 100,
-    "lookup tells item_not_found": 30,
-    "lookup tells item_inactive": 50,
-    "lookup tells price_changed": 80,
-    "lookup tells insufficient_funds": 50,
+    "lookup returns nothing": 500,
+    "lookup returns debited": 200,
+    "lookup returns user_inactive": 100,
+    "lookup returns item_not_found": 30,
+    "lookup returns item_inactive": 50,
+    "lookup returns price_changed": 80,
+    "lookup returns insufficient_funds": 50,
 }
 
 
 class Call(NamedTuple):
-    """One call of the database, what it is about, and what is in its way."""
+    """A call of the database, the rows that are locked meanwhile, and a change after it."""
 
     kind: str
-    wishes: list[Wish]
+    plans: list[DebitPlan]
     nulls: list[str]  # fields that are null in the first debit of a batch
-    is_short: bool  # fields that are null are left out
-    held_user: int | None
+    omits_nulls: bool  # leave out fields that are null
+    locked_user: int | None
     user_lock: str
-    held_item: int | None
+    locked_item: int | None
     item_lock: str
     change: Change
 
@@ -86,7 +86,7 @@ class Call(NamedTuple):
 CALL = st.builds(
     Call,
     st.sampled_from(["batch"] * 6 + ["single"] * 3),
-    st.lists(WISH, max_size=10),
+    st.lists(DEBIT_PLAN, max_size=10),
     st.just([]) | st.lists(st.sampled_from(["user_id", "item_id", "idempotency_key"]), max_size=2),
     st.booleans(),
     st.sampled_from([None, None, None, 0, 1, 2]),
@@ -98,7 +98,7 @@ CALL = st.builds(
 
 
 class Calls(History):
-    """Calls as the service's role, and another connection that holds rows."""
+    """Calls with the role service_role, and another connection that locks rows."""
 
     actors = (None, "till-1", "till-2")
 
@@ -108,17 +108,17 @@ class Calls(History):
         service_role: psycopg.Connection,
         other: psycopg.Connection,
         database: Database,
-        happened: Counter[str],
+        frequencies: Counter[str],
     ) -> None:
-        super().__init__(database, happened)
+        super().__init__(database, frequencies)
         self.functions = functions
         self.service_role = service_role
         self.other = other
-        self.stored: dict[Answer, Outcome] = {}
+        self.stored: dict[Prediction, Outcome] = {}
 
     def play(self, calls: list[Call]) -> None:
         for call in calls:
-            debits = [self.debit_of(wish) for wish in call.wishes]
+            debits = [self.make_debit(plan) for plan in call.plans]
             if call.kind == "batch":
                 self.send_batch(call, [*with_nulls(debits[:1], call.nulls), *debits[1:]])
             else:
@@ -130,37 +130,37 @@ class Calls(History):
             self.change(call.change)
 
     def send_batch(self, call: Call, debits: list[Debit]) -> None:
-        attempts = [uuid4() if wish.knows_price else None for wish in call.wishes]
-        users, items = self.hold_rows(call)
+        attempts = [uuid4() if plan.knows_price else None for plan in call.plans]
+        users, items = self.lock_rows(call)
         requests = [
             {
                 name: value
                 for name, value in request.items()
-                if not call.is_short or value is not None
+                if not call.omits_nulls or value is not None
             }
             for request in map(as_json, debits, attempts)
         ]
-        outcomes = self.ask(f"{self.functions.batch}(%s)", Jsonb(requests))
+        outcomes = self.call_function(f"{self.functions.batch}(%s)", Jsonb(requests))
         self.other.rollback()
-        self.happened["empty batch"] += not debits
+        self.frequencies["empty batch"] += not debits
         assert len(outcomes) == len(debits)
         for debit, attempt, outcome in zip(debits, attempts, outcomes, strict=True):
             if debit.user_id in users or debit.item_id in items:
-                self.happened["batch tells busy"] += 1
-                assert outcome == as_outcome(Answer(debit, "busy"))
+                self.frequencies["batch returns busy"] += 1
+                assert outcome == as_outcome(Prediction(debit, "busy"))
             else:
                 self.assert_predicted(debit, attempt, outcome, by="batch")
 
-    def hold_rows(self, call: Call) -> tuple[set[int], set[UUID]]:
-        """Lock rows from another connection; return those that are busy now."""
+    def lock_rows(self, call: Call) -> tuple[set[int], set[UUID]]:
+        """Lock rows on another connection; return the users and items that are busy now."""
         users = set()
         items = set()
-        if call.held_user is not None:
-            user_id = self.users[call.held_user]
+        if call.locked_user is not None:
+            user_id = self.users[call.locked_user]
             self.lock("Users", "card_id", call.user_lock, user_id)
             users = {user_id} if USER_LOCKS[call.user_lock] else set()
-        if call.held_item is not None:
-            item_id = self.items[call.held_item]
+        if call.locked_item is not None:
+            item_id = self.items[call.locked_item]
             self.lock("Items", "id", call.item_lock, item_id)
             items = {item_id} if ITEM_LOCKS[call.item_lock] else set()
         return users, items
@@ -170,7 +170,7 @@ class Calls(History):
 
     def send_single(self, debit: Debit) -> None:
         attempt = uuid4()
-        outcome = self.ask(
+        outcome = self.call_function(
             f"{self.functions.single}(%s::bigint, %s::uuid, %s::text, %s::bigint, %s::uuid, %s)",
             debit.user_id,
             debit.item_id,
@@ -182,33 +182,33 @@ class Calls(History):
         self.assert_predicted(debit, attempt, outcome, by="single")
 
     def find(self, user_id: int | None, key: str | None) -> None:
-        found = self.ask(f"{self.functions.find}(%s::bigint, %s::text)", user_id, key)
-        answer = self.oracle.find(user_id, key)
-        self.count(answer, by="lookup")
-        assert found == (answer and self.stored[answer])
+        found = self.call_function(f"{self.functions.find}(%s::bigint, %s::text)", user_id, key)
+        prediction = self.oracle.find(user_id, key)
+        self.count(prediction, by="lookup")
+        assert found == (prediction and self.stored[prediction])
 
     def assert_predicted(
         self, debit: Debit, attempt: UUID | None, outcome: Outcome, *, by: str
     ) -> None:
         if debit.key is None and attempt:
             debit = replace(debit, key=str(attempt))
-        answer, replayed = self.oracle.debit(debit)
-        self.count(answer, by=by, replayed=replayed)
+        prediction, replayed = self.oracle.debit(debit)
+        self.count(prediction, by=by, replayed=replayed)
         if replayed:
-            assert outcome == self.stored[answer]
+            assert outcome == self.stored[prediction]
             return
-        predicted = as_outcome(answer)
-        if answer.code == "debited":
+        predicted = as_outcome(prediction)
+        if prediction.code == "debited":
             entry_id = str(attempt) if attempt else outcome["transaction_id"]
             predicted |= {"transaction_id": entry_id, "created_at": outcome["created_at"]}
         assert outcome == predicted
-        self.stored[answer] = outcome | {"replayed": True}
-        if answer.code != "debited" and attempt:
-            self.stored[answer]["attempt"] = str(attempt)
+        self.stored[prediction] = outcome | {"replayed": True}
+        if prediction.code != "debited" and attempt:
+            self.stored[prediction]["attempt"] = str(attempt)
         if debit.actor:
-            self.stored[answer]["actor"] = debit.actor
+            self.stored[prediction]["actor"] = debit.actor
 
-    def ask(self, call: str, *arguments: object) -> Any:
+    def call_function(self, call: str, *arguments: object) -> Any:
         row = self.service_role.execute(f"select {call}", arguments).fetchone()
         assert row is not None
         return row[0]
@@ -230,21 +230,21 @@ def as_json(debit: Debit, attempt: UUID | None) -> dict[str, object]:
     }
 
 
-def as_outcome(answer: Answer) -> Outcome:
-    """Return the first outcome of a debit, without what only the database knows."""
-    debit = answer.debit
+def as_outcome(prediction: Prediction) -> Outcome:
+    """Return the predicted outcome, without the values that only the database knows."""
+    debit = prediction.debit
     outcome: Outcome = {
-        "outcome": answer.code,
+        "outcome": prediction.code,
         "item_id": debit.item_id and str(debit.item_id),
         "expected_price": debit.expected_price,
         "replayed": False,
     }
-    if answer.code == "debited":
+    if prediction.code == "debited":
         outcome["user_id"] = debit.user_id
-        outcome["amount"] = answer.amount
-        outcome["new_balance"] = answer.new_balance
-    if answer.price is not None:
-        outcome["price"] = answer.price
+        outcome["amount"] = prediction.amount
+        outcome["new_balance"] = prediction.new_balance
+    if prediction.price is not None:
+        outcome["price"] = prediction.price
     return outcome
 
 
@@ -262,21 +262,21 @@ def other(migrated_port: int) -> Iterator[psycopg.Connection]:
 
 
 @pytest.mark.parametrize("functions", IMPLEMENTATIONS, ids=lambda functions: functions.batch)
-def test_batches_and_single_calls_go_as_the_oracle_predicts(
+def test_batches_and_single_calls_match_the_oracle(
     functions: Functions,
     service_role: psycopg.Connection,
     other: psycopg.Connection,
     database: Database,
 ) -> None:
-    happened: Counter[str] = Counter()
+    frequencies: Counter[str] = Counter()
 
     @settings(HISTORIES, max_examples=150)
     @given(calls=st.lists(CALL, min_size=3, max_size=10))
     def play(calls: list[Call]) -> None:
-        other.rollback()  # what an example that failed has left
-        history = Calls(functions, service_role, other, database, happened)
+        other.rollback()  # release locks of a failed example
+        history = Calls(functions, service_role, other, database, frequencies)
         history.play(calls)
-        history.assert_books_are_as_predicted()
+        history.assert_ledger_matches_oracle()
 
     play()
-    assert_happened(happened, LEAST)
+    assert_frequencies(frequencies, FREQUENCIES_MIN)

@@ -1,4 +1,4 @@
-"""Random requests, many at a time: their history is one that the ledger can have had."""
+"""Random concurrent requests: responses and ledger are consistent."""
 
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 PRICES = [0, 100, 350, 999]
-WISHES = st.lists(
+DEBIT_PLANS = st.lists(
     st.tuples(
         st.integers(0, 2),  # user
         st.integers(0, len(PRICES) - 1),  # item
@@ -21,7 +21,7 @@ WISHES = st.lists(
     max_size=60,
 )
 
-Wish = tuple[int, int, str | None]
+DebitPlan = tuple[int, int, str | None]
 
 
 @settings(
@@ -29,39 +29,47 @@ Wish = tuple[int, int, str | None]
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(wishes=WISHES, balances=st.tuples(*[st.sampled_from([0, 500, 2000, 9000])] * 3))
-def test_concurrent_debits_leave_a_history_that_can_have_been(
-    service: httpx.Client, database: Database, wishes: list[Wish], balances: tuple[int, ...]
+@given(plans=DEBIT_PLANS, balances=st.tuples(*[st.sampled_from([0, 500, 2000, 9000])] * 3))
+def test_concurrent_debits_leave_a_consistent_history(
+    service: httpx.Client, database: Database, plans: list[DebitPlan], balances: tuple[int, ...]
 ) -> None:
     users = [database.add_user(balance) for balance in balances]
     items = [database.add_item(price) for price in PRICES]
 
-    def post(wish: Wish) -> httpx.Response:
-        user, item, key = wish
+    def post(plan: DebitPlan) -> httpx.Response:
+        user, item, key = plan
         return post_debit(service, users[user], items[item], key)
 
     with ThreadPoolExecutor(12) as clients:
-        answers = list(clients.map(post, wishes))
+        responses = list(clients.map(post, plans))
 
     for number, user_id in enumerate(users):
-        mine = [(w, a) for w, a in zip(wishes, answers, strict=True) if w[0] == number]
-        assert_history_fits(database, user_id, balances[number], mine)
-    assert_keys_have_one_answer(wishes, answers)
+        of_user = [
+            (plan, response)
+            for plan, response in zip(plans, responses, strict=True)
+            if plan[0] == number
+        ]
+        assert_history_is_consistent(database, user_id, balances[number], of_user)
+    assert_keys_have_one_response(plans, responses)
     assert database.audit() == []
 
 
-def assert_history_fits(
-    database: Database, user_id: int, opening: int, mine: list[tuple[Wish, httpx.Response]]
+def assert_history_is_consistent(
+    database: Database, user_id: int, opening: int, of_user: list[tuple[DebitPlan, httpx.Response]]
 ) -> None:
-    """Balances only fall here, so a refusal for want of money still holds at the end."""
-    assert {answer.status_code for _, answer in mine} <= {200, 402, 422}
-    charged = {a.json()["transaction_id"]: a.json() for _, a in mine if a.status_code == 200}
+    """Balances only decrease here, so insufficient funds still hold at the end."""
+    assert {response.status_code for _, response in of_user} <= {200, 402, 422}
+    charged = {
+        response.json()["transaction_id"]: response.json()
+        for _, response in of_user
+        if response.status_code == 200
+    }
     balance = database.balance(user_id)
     assert balance == opening - sum(payment["amount"] for payment in charged.values())
     assert balance >= 0
-    for wish, answer in mine:
-        if answer.status_code == 402:
-            assert balance < PRICES[wish[1]]
+    for plan, response in of_user:
+        if response.status_code == 402:
+            assert balance < PRICES[plan[1]]
     entries = database.connection.execute(
         "select id::text, balance_after, -amount_delta "
         "from public.\"Transaction_History\" where user_id = %s and kind = 'debit' order by seq",
@@ -73,16 +81,16 @@ def assert_history_fits(
         assert after[1] == before[1] - after[2]
 
 
-def assert_keys_have_one_answer(wishes: list[Wish], answers: list[httpx.Response]) -> None:
-    """All requests for one thing under one key agree; one of them at most is the first."""
-    alike: dict[tuple[int, int, str], list[httpx.Response]] = defaultdict(list)
-    for (user, item, key), answer in zip(wishes, answers, strict=True):
-        if key and answer.json().get("code") != "idempotency_key_reused":
-            alike[user, item, key].append(answer)
-    for responses in alike.values():
-        bodies = {tuple(sorted(without_request_id(response).items())) for response in responses}
+def assert_keys_have_one_response(plans: list[DebitPlan], responses: list[httpx.Response]) -> None:
+    """Assert that requests with the same key and item agree, and exactly one is not a replay."""
+    by_key: dict[tuple[int, int, str], list[httpx.Response]] = defaultdict(list)
+    for (user, item, key), response in zip(plans, responses, strict=True):
+        if key and response.json().get("code") != "idempotency_key_reused":
+            by_key[user, item, key].append(response)
+    for of_key in by_key.values():
+        bodies = {tuple(sorted(without_request_id(response).items())) for response in of_key}
         assert len(bodies) == 1
-        assert sum("idempotent-replayed" not in response.headers for response in responses) == 1
+        assert sum("idempotent-replayed" not in response.headers for response in of_key) == 1
 
 
 def without_request_id(response: httpx.Response) -> dict[str, str | int]:

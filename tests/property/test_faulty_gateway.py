@@ -1,4 +1,4 @@
-"""Random faults on the way to the database: what every caller is told is true."""
+"""Random faults of the gateway: every response is true."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,24 +10,24 @@ import httpx
 from client import post_debit
 from database import Database
 from faulty_gateway import FAULTS, FaultyGateway
-from histories import HISTORIES, assert_happened
+from histories import HISTORIES, assert_frequencies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CALLERS = 8
-# What a call meets; faults after which nothing can have been done would be rare otherwise.
-COMING = [*[None] * 6, *FAULTS, *["pool exhausted", "statement timeout"] * 4]
-LEAST = {"debited": 10, "ledger_unavailable": 8, "outcome_unknown": 10}
+# Faults of calls; certainly-not-executed faults would be rare without their weight.
+UPCOMING = [*[None] * 6, *FAULTS, *["pool exhausted", "statement timeout"] * 4]
+FREQUENCIES_MIN = {"debited": 10, "ledger_unavailable": 8, "outcome_unknown": 10}
 
 Start = Callable[..., httpx.Client]
 
 
-def test_nobody_is_told_something_false(
+def test_responses_are_true_despite_faults(
     gateway_url: str, start_service: Start, database: Database
 ) -> None:
-    happened: Counter[str] = Counter()
-    coming = chain[str | None](repeat(None))
-    with FaultyGateway(gateway_url, lambda: next(coming)) as gateway:
+    frequencies: Counter[str] = Counter()
+    upcoming = chain[str | None](repeat(None))
+    with FaultyGateway(gateway_url, lambda: next(upcoming)) as gateway:
         service = start_service(
             supabase_url=gateway.url, request_timeout_seconds=1, call_timeout_seconds=0.3
         )
@@ -37,37 +37,39 @@ def test_nobody_is_told_something_false(
             return post_debit(service, user_id, item_id, key)
 
         @settings(HISTORIES, max_examples=15)
-        @given(faults=st.lists(st.sampled_from(COMING), min_size=1, max_size=4))
+        @given(faults=st.lists(st.sampled_from(UPCOMING), min_size=1, max_size=4))
         def play(faults: list[str | None]) -> None:
-            nonlocal coming
+            nonlocal upcoming
             users = [database.add_user(5000) for _ in range(CALLERS)]
             keys = [str(uuid4()) for _ in users]
-            coming = chain(cycle(faults))
+            upcoming = chain(cycle(faults))
             with ThreadPoolExecutor(CALLERS) as clients:
-                answers = list(clients.map(post, users, keys))
-            coming = chain(repeat(None))
-            for user_id, key, answer in zip(users, keys, answers, strict=True):
-                happened[answer.json().get("code", "debited")] += 1
-                assert "idempotent-replayed" not in answer.headers
-                assert_true(database, user_id, answer)
-                again = post(user_id, key)
-                assert again.status_code == 200
-                if answer.status_code != 504:  # then a call may still be on its way
-                    is_replay = "idempotent-replayed" in again.headers
-                    assert is_replay == (answer.status_code == 200)
-                assert answer.status_code != 200 or again.json() == answer.json()
+                responses = list(clients.map(post, users, keys))
+            upcoming = chain(repeat(None))
+            for user_id, key, response in zip(users, keys, responses, strict=True):
+                frequencies[response.json().get("code", "debited")] += 1
+                assert "idempotent-replayed" not in response.headers
+                assert_response_matches_ledger(database, user_id, response)
+                replay = post(user_id, key)
+                assert replay.status_code == 200
+                if response.status_code != 504:  # otherwise, an earlier call may still be in flight
+                    is_replay = "idempotent-replayed" in replay.headers
+                    assert is_replay == (response.status_code == 200)
+                assert response.status_code != 200 or replay.json() == response.json()
                 assert database.debits(user_id) == [350]
 
         play()
     assert database.audit() == []
-    assert_happened(happened, LEAST)
+    assert_frequencies(frequencies, FREQUENCIES_MIN)
 
 
-def assert_true(database: Database, user_id: int, answer: httpx.Response) -> None:
-    if answer.status_code == 200:
+def assert_response_matches_ledger(
+    database: Database, user_id: int, response: httpx.Response
+) -> None:
+    if response.status_code == 200:
         assert database.debits(user_id) == [350]
-    elif answer.status_code == 504:
-        assert answer.json()["code"] == "outcome_unknown"
+    elif response.status_code == 504:
+        assert response.json()["code"] == "outcome_unknown"
     else:
-        assert answer.json()["code"] == "ledger_unavailable"
+        assert response.json()["code"] == "ledger_unavailable"
         assert database.debits(user_id) == []

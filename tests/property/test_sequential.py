@@ -1,14 +1,24 @@
-"""Random histories, one request after another: the service answers what the oracle predicts."""
+"""Random histories of sequential requests: every response matches the oracle."""
 
 from collections import Counter
 
 import httpx
-from client import ask_outcome, post_debit
+from client import get_outcome, post_debit
 from database import Database
-from histories import CHANGE, EARLIER, HISTORIES, USER, WISH, Change, History, Wish, assert_happened
+from histories import (
+    CHANGE,
+    DEBIT_PLAN,
+    EARLIER,
+    HISTORIES,
+    USER,
+    Change,
+    DebitPlan,
+    History,
+    assert_frequencies,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import Answer, Debit
+from oracle import Debit, Prediction
 
 STATUSES = {
     "debited": 200,
@@ -20,64 +30,66 @@ STATUSES = {
     "price_changed": 409,
     "insufficient_funds": 402,
 }
-# Less than half of what is usual.
-LEAST = {
-    "debit tells debited": 100,
-    "debit tells user_not_found": 5,
-    "debit tells idempotency_key_reused": 40,
-    "debit tells user_inactive": 20,
-    "debit tells item_not_found": 5,
-    "debit tells item_inactive": 50,
-    "debit tells price_changed": 30,
-    "debit tells insufficient_funds": 25,
+# Less than half of the usual frequencies.
+FREQUENCIES_MIN = {
+    "debit returns debited": 100,
+    "debit returns user_not_found": 5,
+    "debit returns idempotency_key_reused": 40,
+    "debit returns user_inactive": 20,
+    "debit returns item_not_found": 5,
+    "debit returns item_inactive": 50,
+    "debit returns price_changed": 30,
+    "debit returns insufficient_funds": 25,
     "debit replays debited": 20,
     "debit replays user_inactive": 3,
     "debit replays price_changed": 10,
     "debit replays insufficient_funds": 5,
     "replay of a removed item": 20,
-    "lookup tells nothing": 150,
-    "lookup tells debited": 60,
-    "lookup tells user_inactive": 10,
-    "lookup tells price_changed": 20,
-    "lookup tells insufficient_funds": 20,
+    "lookup returns nothing": 150,
+    "lookup returns debited": 60,
+    "lookup returns user_inactive": 10,
+    "lookup returns price_changed": 20,
+    "lookup returns insufficient_funds": 20,
 }
 
 Body = dict[str, object]
-Round = tuple[Change, list[Wish], tuple[int, int]]
+Round = tuple[Change, list[DebitPlan], tuple[int, int]]
 
 ROUNDS = st.lists(
-    st.tuples(CHANGE, st.lists(WISH, min_size=1, max_size=4), st.tuples(EARLIER, USER)),
+    st.tuples(CHANGE, st.lists(DEBIT_PLAN, min_size=1, max_size=4), st.tuples(EARLIER, USER)),
     min_size=10,
     max_size=15,
 )
 
 
 class Requests(History):
-    """Debits over HTTP, and questions about them."""
+    """Debits and lookups over HTTP."""
 
-    def __init__(self, service: httpx.Client, database: Database, happened: Counter[str]) -> None:
-        super().__init__(database, happened)
+    def __init__(
+        self, service: httpx.Client, database: Database, frequencies: Counter[str]
+    ) -> None:
+        super().__init__(database, frequencies)
         self.service = service
-        self.bodies: dict[Answer, Body] = {}
+        self.bodies: dict[Prediction, Body] = {}
 
     def play(self, rounds: list[Round]) -> None:
-        for change, wishes, (earlier, other_user) in rounds:
-            for wish in wishes:
-                self.post(self.debit_of(wish))
+        for change, plans, (earlier, other_user) in rounds:
+            for plan in plans:
+                self.post(self.make_debit(plan))
             if debit := self.earlier(earlier):
-                self.ask(debit.user_id, debit.key)
-                self.ask(self.users[other_user], debit.key)
-                if change.is_about_latest:
+                self.look_up(debit.user_id, debit.key)
+                self.look_up(self.users[other_user], debit.key)
+                if change.affects_latest:
                     self.repeat_without_item(debit)
             self.change(change)
 
     def repeat_without_item(self, debit: Debit) -> None:
-        """Repeat a debit while its item is removed: the answer is still that of the first time."""
+        """Repeat a debit while its item is inactive: the response is still the first response."""
         item = self.oracle.items.get(debit.item_id)
         if item and item.is_active:
-            self.switch_item(debit.item_id, is_active=False)
+            self.set_item_active(debit.item_id, is_active=False)
             self.post(debit)
-            self.switch_item(debit.item_id, is_active=True)
+            self.set_item_active(debit.item_id, is_active=True)
 
     def post(self, debit: Debit) -> None:
         response = post_debit(
@@ -88,31 +100,31 @@ class Requests(History):
             expected_price=debit.expected_price,
         )
 
-        answer, replayed = self.oracle.post(debit)
-        self.count(answer, by="debit", replayed=replayed)
+        prediction, replayed = self.oracle.post(debit)
+        self.count(prediction, by="debit", replayed=replayed)
         item = self.oracle.items.get(debit.item_id)
-        self.happened["replay of a removed item"] += replayed and not (item and item.is_active)
-        assert response.status_code == STATUSES[answer.code]
+        self.frequencies["replay of a removed item"] += replayed and not (item and item.is_active)
+        assert response.status_code == STATUSES[prediction.code]
         assert response.headers.get("idempotent-replayed") == ("true" if replayed else None)
-        told = read(response)
+        body = read(response)
         if replayed:
-            assert told == self.bodies[answer]
+            assert body == self.bodies[prediction]
         else:
-            assert_tells(told, answer)
-            self.bodies[answer] = told
+            assert_first_body(body, prediction)
+            self.bodies[prediction] = body
 
-    def ask(self, user_id: int | None, key: str | None) -> None:
-        response = ask_outcome(self.service, user_id, str(key))
+    def look_up(self, user_id: int | None, key: str | None) -> None:
+        response = get_outcome(self.service, user_id, str(key))
 
-        answer = self.oracle.find(user_id, key)
-        self.count(answer, by="lookup")
-        told = read(response)
-        if answer is None:
-            assert (response.status_code, told["code"]) == (404, "payment_not_found")
-        elif answer.code == "debited":
-            assert (response.status_code, told) == (200, self.bodies[answer])
+        prediction = self.oracle.find(user_id, key)
+        self.count(prediction, by="lookup")
+        body = read(response)
+        if prediction is None:
+            assert (response.status_code, body["code"]) == (404, "payment_not_found")
+        elif prediction.code == "debited":
+            assert (response.status_code, body) == (200, self.bodies[prediction])
         else:
-            assert (response.status_code, told) == (200, {"outcome": answer.code})
+            assert (response.status_code, body) == (200, {"outcome": prediction.code})
 
 
 def read(response: httpx.Response) -> Body:
@@ -121,33 +133,31 @@ def read(response: httpx.Response) -> Body:
     return body
 
 
-def assert_tells(told: Body, answer: Answer) -> None:
-    """Compare what is told the first time; only the database knows an entry's id and time."""
-    if answer.code == "debited":
-        assert told == {
-            "user_id": answer.debit.user_id,
-            "item_id": str(answer.debit.item_id),
-            "amount": answer.amount,
-            "new_balance": answer.new_balance,
-            "transaction_id": told["transaction_id"],
-            "created_at": told["created_at"],
+def assert_first_body(body: Body, prediction: Prediction) -> None:
+    """Compare a first response; only the database knows the entry's id and time."""
+    if prediction.code == "debited":
+        assert body == {
+            "user_id": prediction.debit.user_id,
+            "item_id": str(prediction.debit.item_id),
+            "amount": prediction.amount,
+            "new_balance": prediction.new_balance,
+            "transaction_id": body["transaction_id"],
+            "created_at": body["created_at"],
         }
     else:
-        assert (told["code"], told["status"]) == (answer.code, STATUSES[answer.code])
-        assert told.get("price") == answer.price
+        assert (body["code"], body["status"]) == (prediction.code, STATUSES[prediction.code])
+        assert body.get("price") == prediction.price
 
 
-def test_every_history_goes_as_the_oracle_predicts(
-    service: httpx.Client, database: Database
-) -> None:
-    happened: Counter[str] = Counter()
+def test_every_history_matches_the_oracle(service: httpx.Client, database: Database) -> None:
+    frequencies: Counter[str] = Counter()
 
     @settings(HISTORIES, max_examples=40)
     @given(rounds=ROUNDS)
     def play(rounds: list[Round]) -> None:
-        history = Requests(service, database, happened)
+        history = Requests(service, database, frequencies)
         history.play(rounds)
-        history.assert_books_are_as_predicted()
+        history.assert_ledger_matches_oracle()
 
     play()
-    assert_happened(happened, LEAST)
+    assert_frequencies(frequencies, FREQUENCIES_MIN)

@@ -1,1 +1,1 @@
-"""Attacks on the service, as somebody who can only open a connection or holds a lower key."""
+"""Attacks on the service with a network connection only, or with a less privileged key."""

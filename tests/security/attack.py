@@ -1,8 +1,8 @@
-"""Attack a service on this machine for some minutes, and draw its memory meanwhile.
+"""Attack a service on this machine for some minutes, and measure its memory.
 
     PYTHONPATH=.:tests python -m security.attack --minutes 10
 
-Everything is started here and ends with the program; connections go to loopback only.
+The program starts and stops everything it uses; connections go to loopback only.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from uuid import uuid4
 
 import psycopg
 from database import Database
-from servers import SocketServer, free_port, http_answer, served
+from servers import SocketServer, free_port, http_response, served
 
 from devstack.gateway import create_gateway
 from devstack.keys import JWT_SECRET
@@ -36,16 +36,16 @@ from security.fuzzer import make_pieces
 from security.processes import Process, logging_process
 
 MEMORY_MEBIBYTES_MAX = 256  # the limit of a pod
-FLOOD_BYTES_MAX = 8 * 1024 * 1024  # of one connection
+FLOOD_BYTES_MAX = 8 * 1024 * 1024  # per connection
 SILENT_CONNECTIONS = 1200
-GZIP_BOMB_BYTES = 400 * 1024 * 1024  # when it is decompressed; 400 kB before
+GZIP_BOMB_BYTES = 400 * 1024 * 1024  # after decompression; 400 kB before
 
 Address = tuple[str, int]
 Attack = Callable[["Attacker"], Awaitable[None]]
 
 
 class Sample(NamedTuple):
-    """The service at a second of the attack."""
+    """Measurements of the service at one second of the attack."""
 
     second: float
     mebibytes: float
@@ -54,14 +54,14 @@ class Sample(NamedTuple):
 
 
 class Attacker:
-    """Opens connections, and sends until the service closes them or enough is sent."""
+    """Open connections, and send until the service closes them or the limit is reached."""
 
     def __init__(self, address: Address, seed: int) -> None:
         self.address = address
         self.draw = random.Random(seed)
 
     async def flood(self, start: bytes, piece: bytes, *, reads: bool = True) -> None:
-        """Send a start and then pieces without end; whoever reads nothing is written to no more."""
+        """Send a start and then pieces repeatedly; stop if the service reads nothing for 2 s."""
         with suppress(ConnectionError, TimeoutError):
             reader, writer = await asyncio.open_connection(*self.address)
             sent = 0
@@ -77,7 +77,7 @@ class Attacker:
                 writer.transport.abort()
 
     async def hold(self, sent: bytes, seconds: float) -> None:
-        """Send something, and keep the connection until the service closes it."""
+        """Send data, and keep the connection open until the service closes it."""
         with suppress(ConnectionError, TimeoutError):
             reader, writer = await asyncio.open_connection(*self.address)
             writer.write(sent)
@@ -133,7 +133,7 @@ async def _silence(attacker: Attacker) -> None:
 
 
 async def _gzip_bombs(attacker: Attacker) -> None:
-    """Ask for an item that the products service answers with a gzip bomb."""
+    """Send a debit for an item whose response is a gzip bomb."""
     body = b'{"user_id": 1, "item_id": "%b"}' % str(uuid4()).encode()
     head = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     await attacker.hold(head + body, 5)
@@ -161,26 +161,26 @@ AT_ONCE = 2  # of each attack, so that two cores are enough
 
 
 class Products(SocketServer):
-    """A products service that knows one item and sends a gzip bomb for every other."""
+    """A products service that has one item and responds to others with a gzip bomb."""
 
     def __init__(self, item_id: str) -> None:
-        super().__init__(self._answer)
+        super().__init__(self._respond)
         self._item_id = item_id
         self._bomb = gzip.compress(bytes(GZIP_BOMB_BYTES))
 
-    def _answer(self, connection: socket.socket, request: bytes) -> None:
+    def _respond(self, connection: socket.socket, request: bytes) -> None:
         if self._item_id.encode() in request:
             body = f'{{"id": "{self._item_id}", "price": 1, "active": true}}'.encode()
-            connection.sendall(http_answer("200 OK", body))
+            connection.sendall(http_response("200 OK", body))
         else:
-            answer = http_answer("200 OK", self._bomb).replace(
+            response = http_response("200 OK", self._bomb).replace(
                 b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n", 1
             )
-            connection.sendall(answer)
+            connection.sendall(response)
 
 
-class Watch:
-    """What a caller and a probe see of the service, once a second."""
+class Monitor:
+    """Send a probe and a debit once a second, and record the results."""
 
     def __init__(self, process: Process, user_id: int, item_id: str) -> None:
         body = f'{{"user_id": {user_id}, "item_id": "{item_id}"}}'.encode()
@@ -190,26 +190,26 @@ class Watch:
         self.samples: list[Sample] = []
         self.debits: Counter[str] = Counter()
 
-    def look(self) -> None:
+    def sample(self) -> None:
         started = time.monotonic()
-        health = self._ask(GET + b"\r\n")
+        health = self._send(GET + b"\r\n")
         seconds = time.monotonic() - started
-        self.debits[self._ask(self._debit)] += 1
+        self.debits[self._send(self._debit)] += 1
         second = time.monotonic() - self._started
         self.samples.append(Sample(second, self._process.resident_mebibytes(), seconds, health))
 
-    def _ask(self, request: bytes) -> str:
-        """Return the status of the response on a connection of its own, or what went wrong."""
+    def _send(self, request: bytes) -> str:
+        """Send a request on a new connection; return the status or the name of the error."""
         try:
-            return str(self._process.ask(request))
+            return str(self._process.send(request))
         except (OSError, EOFError) as error:
             return type(error).__name__
 
 
 def run_attacks(address: Address, seed: int, seconds: float) -> None:
-    """Run all attacks at the same time, each again and again, for so many seconds."""
+    """Run all attacks concurrently and repeatedly for a number of seconds."""
     _allow_open_files()
-    os.nice(10)  # attackers have processors of their own; here the service goes first
+    os.nice(10)  # real attackers have their own CPUs; the service has priority here
 
     async def repeat(attack: Attack, number: int) -> None:
         attacker = Attacker(address, seed + number)
@@ -221,7 +221,9 @@ def run_attacks(address: Address, seed: int, seconds: float) -> None:
         attacks = [_silence, *(attack for attack in ATTACKS for _ in range(AT_ONCE))]
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await asyncio.gather(*(repeat(one, number) for number, one in enumerate(attacks)))
+                await asyncio.gather(
+                    *(repeat(attack, number) for number, attack in enumerate(attacks))
+                )
 
     asyncio.run(run())
 
@@ -232,8 +234,8 @@ def _allow_open_files() -> None:
 
 
 @contextmanager
-def stack() -> Iterator[tuple[Process, Watch]]:
-    """Start a database, what the service calls, and the service as a process."""
+def stack() -> Iterator[tuple[Process, Monitor]]:
+    """Start a database, the dependencies, and the service as a process."""
     port = free_port()
     with ExitStack() as parts:
         folder = parts.enter_context(temporary_folder())
@@ -248,12 +250,12 @@ def stack() -> Iterator[tuple[Process, Watch]]:
         products = parts.enter_context(Products(item_id))
         logs = Path(parts.enter_context(tempfile.TemporaryDirectory()))
         process = parts.enter_context(logging_process(gateway_url, products.url, logs))
-        yield process, Watch(process, user_id, item_id)
+        yield process, Monitor(process, user_id, item_id)
 
 
-def attack(minutes: float, seed: int) -> tuple[Watch, list[str]]:
-    """Attack for so many minutes; return what was seen, and what went wrong."""
-    with stack() as (process, watch):
+def attack(minutes: float, seed: int) -> tuple[Monitor, list[str]]:
+    """Attack for some minutes; return the measurements and the faults."""
+    with stack() as (process, monitor):
         seconds = minutes * 60
         attacking = multiprocessing.get_context("spawn").Process(
             target=run_attacks, args=(process.address, seed, seconds), daemon=True
@@ -262,44 +264,45 @@ def attack(minutes: float, seed: int) -> tuple[Watch, list[str]]:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(1)
-            watch.look()
+            monitor.sample()
         attacking.join(30)
         attacking.kill()
         time.sleep(1)
-        watch.look()  # what is left when nobody attacks
+        monitor.sample()  # the memory after the attack
         faults = [
             f"{line['event']} ({line['level']})"
             for line in process.logged()
             if line["level"] == "error" or "exception" in line
         ]
-    return watch, faults
+    return monitor, faults
 
 
 def main() -> None:
+    """Attack for the minutes of the command line and print the results."""
     parser = argparse.ArgumentParser(prog="make attack ARGS=...", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="at most 60 (%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--picture", type=Path, help="write the curve of memory to this file")
     arguments = parser.parse_args()
     _allow_open_files()
-    watch, faults = attack(min(arguments.minutes, 60), arguments.seed)
-    mebibytes = [sample.mebibytes for sample in watch.samples]
-    health = sorted(sample.health_seconds for sample in watch.samples)
+    monitor, faults = attack(min(arguments.minutes, 60), arguments.seed)
+    mebibytes = [sample.mebibytes for sample in monitor.samples]
+    health = sorted(sample.health_seconds for sample in monitor.samples)
     p99 = health[int(len(health) * 0.99)]
     print(f"memory: {mebibytes[0]:.0f} MiB at first, {max(mebibytes):.0f} at most, ", end="")
     print(f"{mebibytes[-1]:.0f} at the end")
     print(f"/health: median {health[len(health) // 2]:.3f} s, ", end="")
     print(f"99 of 100 within {p99:.3f} s, at most {health[-1]:.3f} s")
-    print(f"debits meanwhile, by status: {dict(watch.debits)}")
+    print(f"debits meanwhile, by status: {dict(monitor.debits)}")
     if max(mebibytes) > MEMORY_MEBIBYTES_MAX:
         faults.append(f"memory over {MEMORY_MEBIBYTES_MAX} MiB")
-    if missed := [one for one in watch.samples if one.health != "200"]:
+    if missed := [sample for sample in monitor.samples if sample.health != "200"]:
         faults.append(f"/health did not respond {len(missed)} times")
     for fault in faults:
         print(f"FAULT: {fault}")
     if arguments.picture:
         title = f"Resident memory under attack: at most {max(mebibytes):.0f} MiB of a pod's 256"
-        curve = draw_curve(title, [(one.second, one.mebibytes) for one in watch.samples])
+        curve = draw_curve(title, [(sample.second, sample.mebibytes) for sample in monitor.samples])
         arguments.picture.write_text(curve)
     sys.exit(bool(faults))
 

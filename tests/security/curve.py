@@ -1,4 +1,4 @@
-"""A curve of memory over time as an SVG picture."""
+"""Draw memory over time as an SVG chart."""
 
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
@@ -13,7 +13,7 @@ LIMIT_MEBIBYTES = 256  # of a pod
 
 
 def draw_curve(title: str, samples: Sequence[tuple[float, float]]) -> str:
-    """Draw mebibytes by seconds, below a line for the limit of a pod; return the SVG text."""
+    """Return a chart of mebibytes by seconds as SVG text, with a line at a pod's limit."""
     seconds_max = max(second for second, _ in samples) or 1
 
     def x(second: float) -> float:

@@ -1,4 +1,4 @@
-"""Bytes that are almost HTTP: valid requests, changed at random from a seed."""
+"""Almost valid HTTP: requests that are mutated randomly from a seed."""
 
 import json
 import random
@@ -136,7 +136,7 @@ CHANGES: tuple[Change, ...] = (
 
 
 def make_pieces(draw: random.Random) -> list[bytes]:
-    """Draw what a connection sends: one to twelve requests, most of them changed, in pieces."""
+    """Draw the pieces that a connection sends: 1 to 12 requests, mostly mutated."""
     sent = b""
     for _ in range(draw.choice((1, 1, 1, 2, 3, 12))):
         request = draw.choice(SEEDS)

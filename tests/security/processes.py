@@ -1,4 +1,4 @@
-"""The service as a process: what it takes of processor and memory, and what it logs."""
+"""The service as a process, with its CPU time, memory and log."""
 
 import json
 import socket
@@ -25,29 +25,34 @@ class Process(NamedTuple):
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, timeout=30)
 
-    def ask(self, sent: bytes) -> int:
-        """Send a request on a connection of its own; return the status of the response."""
+    def send(self, sent: bytes) -> int:
+        """Send a request on a new connection; return the status of the response."""
         with self.connect() as connection:
             connection.sendall(sent)
             return read_status(connection)
 
-    def processor_seconds(self) -> float:
-        """Return how long its main thread has run."""
+    def cpu_seconds(self) -> float:
+        """Return the CPU time of the main thread."""
         schedule = Path(f"/proc/{self.process_id}/schedstat").read_text()
         return int(schedule.split()[0]) / 1e9
 
     def resident_mebibytes(self) -> float:
+        """Return the resident memory."""
         pages = Path(f"/proc/{self.process_id}/statm").read_text().split()[1]
         return int(pages) * 4096 / 2**20
 
     def logged(self) -> list[dict[str, Any]]:
-        """Return the complete lines of its log."""
+        """Return the complete lines of the log."""
         lines = self.log.read_text().splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def read_status(connection: socket.socket) -> int:
-    """Read one whole response; return its status, or raise EOFError if there is none."""
+    """Read a complete response; return its status.
+
+    Raises:
+        EOFError: there is no response.
+    """
     with connection.makefile("rb", buffering=0) as stream:
         start = stream.readline()
         if not start:
@@ -65,6 +70,7 @@ def read_status(connection: socket.socket) -> int:
 def logging_process(
     gateway_url: str, products_url: str, folder: Path, **settings: str
 ) -> Iterator[Process]:
+    """Run the service with its log in a folder."""
     log = folder / "log"
     with (
         log.open("wb") as file,

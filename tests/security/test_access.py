@@ -1,7 +1,7 @@
-"""Who may do what with each object of the database, taken from its catalogue and tried.
+"""Privileges on every object of the database, read from the catalog and tested.
 
-RULES has a line for each object in the schemas public and ledger. An object without a line fails:
-decide who may use it, and add one.
+RULES has a line for each object in the schemas public and ledger. The test fails for an object
+without a line: decide which roles may use it, and add a line.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from psycopg import errors
 from devstack.postgres import apply_migrations
 
 ROLES = ("anon", "authenticated", "service_role", "fresh")
-NOBODY: dict[str, set[str]] = {}
+NO_ROLE: dict[str, set[str]] = {}
 READS = {"service_role": {"select"}}
 WRITES = {"service_role": {"select", "insert", "update", "delete"}}
 CALLS = {"service_role": {"execute"}}
 
-# What each role may do; a role that is not named may do nothing.
+# The actions that each role may perform; a role that is not listed may perform none.
 RULES: dict[tuple[str, str], dict[str, set[str]]] = {
     ("schema", "public"): {role: {"usage"} for role in ROLES},
     ("schema", "ledger"): {"service_role": {"usage"}},
@@ -36,20 +36,20 @@ RULES: dict[tuple[str, str], dict[str, set[str]]] = {
     ("function", "public.remove_generated_declines"): CALLS,
     ("function", "public.check_ledger"): CALLS,
     ("function", "public.audit_ledger"): CALLS,
-    ("function", "ledger.append"): NOBODY,
-    ("function", "ledger.charge"): NOBODY,
-    ("function", "ledger.write_entries"): NOBODY,
-    ("type", "ledger.debit_request"): NOBODY,
-    ("type", "ledger.entry"): NOBODY,
-    ("function", "ledger.find_outcome"): NOBODY,
-    ("function", "ledger.find_foreign_access"): NOBODY,
-    ("function", "ledger.explain_balance"): NOBODY,
-    ("function", "ledger.refuse_change"): NOBODY,
-    ("function", "ledger.verify_entry"): NOBODY,
+    ("function", "ledger.append"): NO_ROLE,
+    ("function", "ledger.charge"): NO_ROLE,
+    ("function", "ledger.write_entries"): NO_ROLE,
+    ("type", "ledger.debit_request"): NO_ROLE,
+    ("type", "ledger.entry"): NO_ROLE,
+    ("function", "ledger.find_outcome"): NO_ROLE,
+    ("function", "ledger.find_foreign_access"): NO_ROLE,
+    ("function", "ledger.explain_balance"): NO_ROLE,
+    ("function", "ledger.refuse_change"): NO_ROLE,
+    ("function", "ledger.verify_entry"): NO_ROLE,
 }
 
-# Each row: kind, schema, name, how a statement names it, and its arguments or its first column.
-CATALOGUE = """
+# Each row: kind, schema, name, SQL name, and the arguments or the first column.
+CATALOG = """
 select 'schema', nspname, nspname, quote_ident(nspname), ''
 from pg_namespace
 where nspname !~ '^pg_' and nspname <> 'information_schema'
@@ -78,7 +78,7 @@ where typnamespace in (select to_regnamespace(name) from unnest(%(schemas)s::tex
   and typelem = 0 and (typrelid = 0 or relkind = 'c')
 """
 
-# What is tried for each action. The row types and arrays of tables follow their tables.
+# The statement for each action. The row types and arrays of tables follow their tables.
 STATEMENTS = {
     "schema": {
         "usage": "select from {name}.intruder",
@@ -123,38 +123,38 @@ class Object(NamedTuple):
 
 @pytest.fixture
 def connection(postgres_port: int) -> Iterator[psycopg.Connection]:
-    """A migrated database as its owner, and a role that was made after the migrations."""
+    """Connect to a migrated database as its owner, with a role created after the migrations."""
     url = create_database(postgres_port, f"access_{uuid4().hex}")
     apply_migrations(url)
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute("create role fresh")
-        connection.execute("grant fresh to current_user")  # to act as it
+        connection.execute("grant fresh to current_user")  # to use the role
         yield connection
         connection.execute("drop role fresh")
 
 
 def objects(connection: psycopg.Connection) -> list[Object]:
     schemas = [name for kind, name in RULES if kind == "schema"]
-    rows = connection.execute(CATALOGUE, {"schemas": schemas}).fetchall()
+    rows = connection.execute(CATALOG, {"schemas": schemas}).fetchall()
     return [Object(*row) for row in rows]
 
 
-def is_granted(connection: psycopg.Connection, role: str, thing: Object, action: str) -> bool:
-    """Look the right up; of a table, a right on any of its columns counts."""
-    by_column = action in ("select", "insert", "update", "references") and thing.kind == "table"
-    function = "has_any_column_privilege" if by_column else f"has_{thing.kind}_privilege"
-    row = connection.execute(f"select {function}(%s, %s, %s)", (role, thing.sql_name, action))
+def is_granted(connection: psycopg.Connection, role: str, target: Object, action: str) -> bool:
+    """Return whether the privilege is granted; for a table, on any of its columns."""
+    by_column = action in ("select", "insert", "update", "references") and target.kind == "table"
+    function = "has_any_column_privilege" if by_column else f"has_{target.kind}_privilege"
+    row = connection.execute(f"select {function}(%s, %s, %s)", (role, target.sql_name, action))
     found = row.fetchone()
     assert found is not None
     return bool(found[0])
 
 
-def is_possible(connection: psycopg.Connection, role: str, thing: Object, action: str) -> bool:
-    """Try it, and undo it: everything but a refusal for lack of rights counts as possible."""
+def is_possible(connection: psycopg.Connection, role: str, target: Object, action: str) -> bool:
+    """Try the action and roll it back; return whether the role had the privilege."""
     with connection.transaction(force_rollback=True):
         connection.execute(f"set local role {role}")
         try:
-            connection.execute(thing.statement(action))
+            connection.execute(target.statement(action))
         except errors.InsufficientPrivilege:
             return False
         except psycopg.Error:
@@ -163,7 +163,7 @@ def is_possible(connection: psycopg.Connection, role: str, thing: Object, action
 
 
 def test_every_object_has_a_rule_and_every_rule_an_object(connection: psycopg.Connection) -> None:
-    found = {thing.key for thing in objects(connection)}
+    found = {target.key for target in objects(connection)}
     assert found - RULES.keys() == set(), "Add rules: who may use these?"
     assert RULES.keys() - found == set(), "These objects are gone: remove their rules."
 
@@ -172,22 +172,22 @@ def test_every_object_has_a_rule_and_every_rule_an_object(connection: psycopg.Co
 def test_a_role_can_do_what_the_rules_say_and_nothing_else(
     connection: psycopg.Connection, role: str
 ) -> None:
-    for thing in objects(connection):
-        for action in STATEMENTS[thing.kind]:
-            expected = action in RULES[thing.key].get(role, set())
-            what = f"{role} {action} {thing.key}"
-            assert is_granted(connection, role, thing, action) is expected, what
-            # Who may not use the schema can do nothing in it, whatever else is granted.
-            is_reachable = thing.kind == "schema" or "usage" in RULES["schema", thing.schema].get(
+    for target in objects(connection):
+        for action in STATEMENTS[target.kind]:
+            expected = action in RULES[target.key].get(role, set())
+            case = f"{role} {action} {target.key}"
+            assert is_granted(connection, role, target, action) is expected, case
+            # Without usage of the schema, no other privilege has an effect.
+            is_reachable = target.kind == "schema" or "usage" in RULES["schema", target.schema].get(
                 role, set()
             )
-            tried = is_possible(connection, role, thing, action)
-            if action != "references":  # takes the schema's and the table's rights together
-                assert tried is (expected and is_reachable), what
+            tried = is_possible(connection, role, target, action)
+            if action != "references":  # needs privileges on the schema and on the table
+                assert tried is (expected and is_reachable), case
 
 
-def test_an_object_that_is_added_is_seen(connection: psycopg.Connection) -> None:
-    before = {thing.key for thing in objects(connection)}
+def test_a_new_object_is_detected(connection: psycopg.Connection) -> None:
+    before = {target.key for target in objects(connection)}
     with connection.transaction(force_rollback=True):
         for statement in (
             "create table public.added ()",
@@ -200,8 +200,8 @@ def test_an_object_that_is_added_is_seen(connection: psycopg.Connection) -> None
             "create schema other",
         ):
             connection.execute(statement)
-        added = {thing.key for thing in objects(connection)} - before
-        # As on Supabase, what is new is open to everybody: only the missing rule tells.
+        added = {target.key for target in objects(connection)} - before
+        # As on Supabase, new objects are open to all roles; only the missing rule detects them.
         anon_reads = is_possible(
             connection, "anon", Object("table", "public", "added", "public.added", "x"), "select"
         )
@@ -219,7 +219,7 @@ def test_an_object_that_is_added_is_seen(connection: psycopg.Connection) -> None
 
 
 def test_row_level_security_is_on_without_policies(connection: psycopg.Connection) -> None:
-    tables = [thing.sql_name for thing in objects(connection) if thing.kind == "table"]
+    tables = [target.sql_name for target in objects(connection) if target.kind == "table"]
     rows = connection.execute(
         "select oid::regclass::text from pg_class where oid = any(%s::regclass[]) "
         "and relrowsecurity",
@@ -232,14 +232,14 @@ def test_row_level_security_is_on_without_policies(connection: psycopg.Connectio
 def test_functions_run_as_their_owner_with_a_safe_search_path(
     connection: psycopg.Connection,
 ) -> None:
-    for thing in objects(connection):
-        if thing.kind == "function":
+    for target in objects(connection):
+        if target.kind == "function":
             row = connection.execute(
                 "select prosecdef, proconfig, proowner::regrole::text "
                 "from pg_proc where oid = %s::regprocedure",
-                (thing.sql_name,),
+                (target.sql_name,),
             ).fetchone()
             assert row is not None
-            assert row[0], thing.key
-            assert "search_path=pg_catalog, pg_temp" in row[1], thing.key
-            assert row[2] == "postgres", thing.key
+            assert row[0], target.key
+            assert "search_path=pg_catalog, pg_temp" in row[1], target.key
+            assert row[2] == "postgres", target.key

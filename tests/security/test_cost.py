@@ -1,4 +1,4 @@
-"""What a request costs the service before the caller has shown a token: little."""
+"""The CPU cost of unauthenticated requests."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,14 @@ from issuer import Issuer
 from security.processes import Process, logging_process
 
 REQUESTS = 40
-TIMES_MAX = 4  # as much as a plain request
+TIMES_MAX = 4  # the cost of a plain request
 
 DEBIT = "/payments/debit"
 OUTCOME = "/payments/outcome"
 
 
 def fields(text: str) -> bytes:
-    """Fill a body of 15 kB with fields."""
+    """Return a body of 15 kB with many fields."""
     names = [text % number for number in range(5000)]
     return b"{%b}" % ",".join(names)[:15_000].rpartition(",")[0].encode()
 
@@ -28,7 +28,7 @@ def names(text: str, length: int) -> str:
 BODIES = {
     "unknown fields": fields('"n%d":1'),
     "nested fields": b'{"a":%b}' % fields('"n%d":1'),
-    "one name again and again": fields('"user_id":%d'),
+    "one repeated name": fields('"user_id":%d'),
     "objects in a list": b"[%b]" % b",".join([b'{"a":1}'] * 1800),
     "colons in a text": b'{"user_id":"%b"}' % (b":" * 15_000),
     "digits": b'{"user_id":%b}' % (b"9" * 15_000),
@@ -37,7 +37,7 @@ BODIES = {
 QUERIES = {
     "names": names("n%d=1", 60_000),
     "2 KiB of names": names("n%d", 2_000),
-    "one name in 2 KiB": "a&" * 1_000,
+    "one repeated name in 2 KiB": "a&" * 1_000,
     "escapes": "user_id=" + "%41" * 20_000,
     "2 KiB of escapes": "user_id=" + "%41" * 660,
 }
@@ -61,17 +61,17 @@ def request(method: str, target: str, headers: str = "", body: bytes = b"") -> b
 
 
 def cost(process: Process, sent: bytes) -> float:
-    """Return the milliseconds of processor time that a request takes, refused as it should be."""
+    """Return the CPU time of a rejected request in milliseconds."""
     for _ in range(3):
-        assert process.ask(sent) in (401, 404, 422, 431)
-    before = process.processor_seconds()
+        assert process.send(sent) in (401, 404, 422, 431)
+    before = process.cpu_seconds()
     for _ in range(REQUESTS):
-        process.ask(sent)
-    return (process.processor_seconds() - before) / REQUESTS * 1000
+        process.send(sent)
+    return (process.cpu_seconds() - before) / REQUESTS * 1000
 
 
 @pytest.mark.alone
-def test_no_request_without_a_token_takes_long(process: Process) -> None:
+def test_no_unauthenticated_request_is_expensive(process: Process) -> None:
     plain = cost(process, request("POST", DEBIT, body=b'{"user_id": 1}'))
     sent = {
         **{name: request("POST", DEBIT, body=body) for name, body in BODIES.items()},
@@ -84,10 +84,12 @@ def test_no_request_without_a_token_takes_long(process: Process) -> None:
     assert {name: value for name, value in costs.items() if value > TIMES_MAX * plain} == {}
 
 
-def test_a_query_of_what_is_documented_is_read_and_a_longer_one_named(process: Process) -> None:
+def test_the_longest_documented_query_is_accepted_and_longer_queries_are_rejected(
+    process: Process,
+) -> None:
     longest = "%21" * 255
     assert (
-        process.ask(request("GET", f"{OUTCOME}?user_id={2**63 - 1}&idempotency_key={longest}"))
+        process.send(request("GET", f"{OUTCOME}?user_id={2**63 - 1}&idempotency_key={longest}"))
         == 401
     )
     for query in ("user_id=1&" * 20 + "user_id=1", "x" * 2049):
@@ -96,7 +98,7 @@ def test_a_query_of_what_is_documented_is_read_and_a_longer_one_named(process: P
         assert problem.json()["detail"].startswith("The query ")
 
 
-def test_a_body_of_many_fields_names_what_is_wrong(process: Process) -> None:
+def test_a_body_with_too_many_fields_is_rejected_with_the_limit(process: Process) -> None:
     problem = httpx.post(
         f"{process.url}{DEBIT}",
         content=BODIES["unknown fields"],

@@ -1,4 +1,4 @@
-"""Random bytes against the protocol: the service lives, answers in HTTP, and counts each answer."""
+"""Fuzzing of the HTTP protocol: the service survives, and logs and counts every response."""
 
 import asyncio
 import os
@@ -59,7 +59,9 @@ def read_responses(received: bytes) -> list[Response]:
         if len(headers) != len(pairs):
             raise ValueError(f"a header twice: {head[:400]!r}")
         length = int(headers[b"content-length"])
-        if received and not received.startswith(b"HTTP/1.1 "):  # else it responds to a HEAD
+        if received and not received.startswith(
+            b"HTTP/1.1 "
+        ):  # otherwise, it is a response to HEAD
             if len(received) < length:
                 raise ValueError(f"half a body: {head[:200]!r}")
             received = received[length:]
@@ -68,7 +70,7 @@ def read_responses(received: bytes) -> list[Response]:
 
 
 async def converse(address: tuple[str, int], pieces: list[bytes]) -> bytes:
-    """Send the pieces and return all that comes back until it is silent."""
+    """Send the pieces; return everything received until the service is silent."""
     reader, writer = await asyncio.open_connection(*address)
     received = b""
     with suppress(ConnectionError, TimeoutError):
@@ -92,12 +94,12 @@ async def watch_health(url: str, seconds: list[float]) -> None:
 
 
 async def fuzz(process: Process, draw: random.Random, connections: int) -> list[float]:
-    """Have so many conversations; return the latencies of /health meanwhile."""
+    """Run the conversations; return the latencies of /health meanwhile."""
     limit = asyncio.Semaphore(AT_ONCE)
     seconds: list[float] = []
     responses: Counter[Response] = Counter()
 
-    async def one(number: int, pieces: list[bytes]) -> None:
+    async def run(number: int, pieces: list[bytes]) -> None:
         async with limit:
             received = await converse(process.address, pieces)
         try:
@@ -106,7 +108,7 @@ async def fuzz(process: Process, draw: random.Random, connections: int) -> list[
             raise AssertionError(f"connection {number} sent {pieces}") from error
 
     watching = asyncio.create_task(watch_health(process.url, seconds))
-    await asyncio.gather(*(one(number, make_pieces(draw)) for number in range(connections)))
+    await asyncio.gather(*(run(number, make_pieces(draw)) for number in range(connections)))
     watching.cancel()
     with suppress(asyncio.CancelledError):
         await watching
@@ -129,9 +131,9 @@ def counted_responses(process: Process) -> float:
 
 
 @pytest.mark.alone
-def test_random_bytes_do_no_harm(process: Process) -> None:
+def test_the_service_survives_random_bytes(process: Process) -> None:
     draw = random.Random(SEED)
-    asyncio.run(fuzz(process, draw, 200))  # what grows once is there
+    asyncio.run(fuzz(process, draw, 200))  # allocate memory that is needed only once
     before = process.resident_mebibytes()
     seconds = asyncio.run(fuzz(process, draw, CONNECTIONS))
     assert process.resident_mebibytes() - before < GROWTH_MEBIBYTES_MAX
@@ -144,5 +146,5 @@ def test_random_bytes_do_no_harm(process: Process) -> None:
     assert [line for line in lines if line["level"] == "error" or "exception" in line] == []
     assert [line for line in requests if line["code"] == "internal_error"] == []
     assert "Traceback" not in process.log.read_text()
-    # It came far enough to matter.
+    # The requests reached the routes and the validation.
     assert {line["status"] for line in requests} >= {200, 400, 404, 422}

@@ -1,4 +1,4 @@
-"""One user's requests, however many, leave room for the requests of others."""
+"""Many requests of one user do not starve the requests of other users."""
 
 import asyncio
 import itertools
@@ -21,13 +21,13 @@ from servers import service_process
 from app.ledger.user_limits import WAITING_OF_USER_MAX
 
 CONNECTIONS = 1300
-REFUSED = CONNECTIONS - WAITING_OF_USER_MAX - 1  # at least: one is in flight, the others wait
+REJECTED = CONNECTIONS - WAITING_OF_USER_MAX - 1  # at least: one is in flight, the rest wait
 
 OTHERS = 19
 LOOKUPS = 60
 OPEN_FILES = CONNECTIONS + OTHERS + 300
 
-Answer = tuple[int, str]
+Response = tuple[int, str]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def service_url(gateway_url: str, products_url: str) -> Iterator[str]:
 
 
 class Caller:
-    """A connection of its own, for one request after the other."""
+    """A client with its own connection, which sends requests one after the other."""
 
     def __init__(self, url: str) -> None:
         self._address = httpx.URL(url)
@@ -56,17 +56,17 @@ class Caller:
     async def __aexit__(self, *_: object) -> None:
         self._writer.close()
 
-    async def debit(self, user_id: int, item_id: UUID, key: str | None = None) -> Answer:
+    async def debit(self, user_id: int, item_id: UUID, key: str | None = None) -> Response:
         body = json.dumps({"user_id": user_id, "item_id": str(item_id)}).encode()
         head = "POST /payments/debit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         head += f"Idempotency-Key: {key}\r\n" if key else ""
-        return await self._ask(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        return await self._send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
 
-    async def look_up(self, user_id: int) -> Answer:
+    async def look_up(self, user_id: int) -> Response:
         path = f"/payments/outcome?user_id={user_id}&idempotency_key=never-used"
-        return await self._ask(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return await self._send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
 
-    async def _ask(self, request: bytes) -> Answer:
+    async def _send(self, request: bytes) -> Response:
         self._writer.write(request)
         head = await self._reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
@@ -79,35 +79,35 @@ async def connect(stack: AsyncExitStack, url: str, count: int) -> list[Caller]:
 
 
 @pytest.mark.alone
-def test_others_are_charged_while_1300_debits_of_one_user_are_sent(
+def test_other_users_are_charged_during_1300_debits_of_one_user(
     service_url: str, database: Database, migrated_port: int
 ) -> None:
     hot = database.add_user(10**6)
     others = [database.add_user() for _ in range(OTHERS)]
     item_id = database.add_item()
 
-    async def attack() -> tuple[Counter[Answer], list[Answer]]:
+    async def attack() -> tuple[Counter[Response], list[Response]]:
         async with AsyncExitStack() as stack:
             callers = await connect(stack, service_url, CONNECTIONS)
-            others_callers = await connect(stack, service_url, OTHERS)
+            other_callers = await connect(stack, service_url, OTHERS)
             with locked(migrated_port, hot):
                 sent = [asyncio.create_task(caller.debit(hot, item_id)) for caller in callers]
-                refused = itertools.islice(asyncio.as_completed(sent), REFUSED)
-                for answer in refused:
-                    assert await answer == (503, "overloaded")
-                told = [
+                rejected = itertools.islice(asyncio.as_completed(sent), REJECTED)
+                for response in rejected:
+                    assert await response == (503, "overloaded")
+                other_responses = [
                     await caller.debit(user_id, item_id)
-                    for caller, user_id in zip(others_callers, others, strict=True)
+                    for caller, user_id in zip(other_callers, others, strict=True)
                 ]
-            return Counter(await asyncio.gather(*sent)), told
+            return Counter(await asyncio.gather(*sent)), other_responses
 
-    answers, told = asyncio.run(attack())
-    assert told == [(200, "charged")] * OTHERS
-    assert REFUSED <= answers[503, "overloaded"] <= REFUSED + 1
+    responses, other_responses = asyncio.run(attack())
+    assert other_responses == [(200, "charged")] * OTHERS
+    assert REJECTED <= responses[503, "overloaded"] <= REJECTED + 1
 
 
 class HeldLookups(FaultyGateway):
-    """Holds the lookups of one user until `released`."""
+    """A gateway that delays the lookups of one user until `released` is set."""
 
     def __init__(self, gateway_url: str, user_id: int) -> None:
         super().__init__(gateway_url, lambda: None)
@@ -120,13 +120,15 @@ class HeldLookups(FaultyGateway):
         super()._relay(connection, request)
 
 
-def test_lookups_of_one_user_that_take_long_delay_no_lookups_of_others(
+def test_slow_lookups_of_one_user_do_not_delay_other_lookups(
     gateway_url: str, products_url: str, database: Database
 ) -> None:
     hot = database.add_user(10**6)
     others = [database.add_user() for _ in range(OTHERS)]
 
-    async def attack(url: str, released: threading.Event) -> tuple[Counter[Answer], list[Answer]]:
+    async def attack(
+        url: str, released: threading.Event
+    ) -> tuple[Counter[Response], list[Response]]:
         async with AsyncExitStack() as stack:
             lookups = [
                 asyncio.create_task(caller.look_up(hot))
@@ -139,17 +141,17 @@ def test_lookups_of_one_user_that_take_long_delay_no_lookups_of_others(
             ]
             callers = await connect(stack, url, OTHERS)
             pairs = zip(callers, others, strict=True)
-            told = [await caller.look_up(user_id) for caller, user_id in pairs]
+            other_responses = [await caller.look_up(user_id) for caller, user_id in pairs]
             released.set()
-            return Counter(await asyncio.gather(*lookups, *debits)), told
+            return Counter(await asyncio.gather(*lookups, *debits)), other_responses
 
     with (
         HeldLookups(gateway_url, hot) as gateway,
         service_process(gateway.url, products_url) as (_, url),
     ):
-        answers, told = asyncio.run(attack(url, gateway.released))
-    assert told == [(404, "payment_not_found")] * OTHERS
-    assert answers == {
+        responses, other_responses = asyncio.run(attack(url, gateway.released))
+    assert other_responses == [(404, "payment_not_found")] * OTHERS
+    assert responses == {
         (404, "payment_not_found"): LOOKUPS,
         (404, "item_not_found"): LOOKUPS,
     }

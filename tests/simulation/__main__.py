@@ -1,4 +1,4 @@
-"""Run schedule after schedule, and print the seed and the trace of one that breaks a rule."""
+"""Run many schedules; print the seed and the trace of a schedule that violates a check."""
 
 import argparse
 import gc
@@ -17,7 +17,7 @@ REPORT_SECONDS = 10.0
 
 
 def main() -> int:
-    """Return 1 if a run broke a rule."""
+    """Run the schedules of the command line; return 1 if a run violated a check."""
     arguments = _read_arguments()
     checks = {name: CHECKS[name] for name in arguments.checks or CHECKS}
     if arguments.seed is not None:
@@ -59,22 +59,22 @@ def _seeds(arguments: argparse.Namespace) -> Iterator[int]:
     if arguments.seeds is not None:
         yield from range(arguments.first, arguments.first + arguments.seeds)
         return
-    ends_at = time.monotonic() + 60 * arguments.minutes
+    end = time.monotonic() + 60 * arguments.minutes
     for seed in count(arguments.first):
-        if time.monotonic() >= ends_at:
+        if time.monotonic() >= end:
             return
         yield seed
 
 
 class Simulation:
-    """Many runs, and how many of them broke which rule."""
+    """Many runs, and the number of violations of each check."""
 
     def __init__(self, checks: dict[str, Check]) -> None:
         self._checks = checks
         self._started_at = time.monotonic()
         self._runs = 0
-        self._answers = 0
-        self._broken: Counter[str] = Counter()
+        self._requests_by_purchase = 0
+        self._violations: Counter[str] = Counter()
         self._first_seeds: dict[str, int] = {}
 
     def run(self, seeds: Iterator[int], keep_going: bool) -> None:
@@ -82,11 +82,11 @@ class Simulation:
         for seed in seeds:
             run = run_seed(seed)
             self._runs += 1
-            self._answers += len(run.answers)
+            self._requests_by_purchase += len(run.requests)
             for name in {name for name, _ in find_violations(run, self._checks)}:
-                self._broken[name] += 1
+                self._violations[name] += 1
                 self._first_seeds.setdefault(name, seed)
-            if self._broken and not keep_going:
+            if self._violations and not keep_going:
                 return
             if time.monotonic() >= report_at:
                 report_at += REPORT_SECONDS
@@ -95,23 +95,23 @@ class Simulation:
     def report(self) -> None:
         seconds = time.monotonic() - self._started_at
         print(
-            f"{self._runs} schedules, {self._answers} answers in {seconds:.0f} s "
+            f"{self._runs} schedules, {self._requests_by_purchase} requests in {seconds:.0f} s "
             f"({60 * self._runs / max(seconds, 0.01):.0f} schedules a minute), "
-            f"violations in {self._broken.total()}",
+            f"violations in {self._violations.total()}",
             flush=True,
         )
 
     def finish(self) -> int:
-        for name, number in self._broken.most_common():
+        for name, number in self._violations.most_common():
             print(f"{number:9d}  {name} (first seed {self._first_seeds[name]})")
-        if not self._broken:
+        if not self._violations:
             return 0
         logging.disable(logging.NOTSET)
         return show_run(min(self._first_seeds.values()), self._checks)
 
 
 def show_run(seed: int, checks: dict[str, Check]) -> int:
-    """Print the trace of a run and what is wrong with it; return 1 if something is."""
+    """Print the trace and the violations of a run; return 1 if there are any."""
     run = trace_seed(seed)
     print(f"\nseed {seed}, {run.schedule.describe()}")
     print(*run.trace, sep="\n")

@@ -1,4 +1,4 @@
-"""A call of the ledger client as the model sees it."""
+"""A call of the ledger client in the model."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
@@ -10,14 +10,14 @@ from simulation.database import Debit
 
 @dataclass(frozen=True)
 class Response:
-    """What execute() returns, as far as the ledger client reads it."""
+    """The response of execute(), with the fields that the ledger client reads."""
 
     data: object
 
 
 @dataclass(eq=False)
 class Call:
-    """One call of the service, from sending to the response."""
+    """A call of the service, from the request to the response."""
 
     send: Callable[["Call"], Awaitable[Response]]
     number: int
@@ -26,7 +26,7 @@ class Call:
     debits: list[Debit]
     sent_at: float = 0.0
     response: asyncio.Future[Response] = field(init=False)
-    is_begun: bool = False  # its transaction
+    has_begun: bool = False  # the transaction
     is_executing: bool = False
     locked: set[int] = field(default_factory=set)  # users
     skipped: set[int] = field(default_factory=set)  # products
@@ -52,7 +52,7 @@ class Call:
 
 
 def read_debits(function: str, arguments: Mapping[str, object]) -> list[Debit]:
-    """Read the debits of a call; the attempt is optional, and the key of a debit without one."""
+    """Read the debits of a call; the optional attempt is also the key of a debit without a key."""
     if function == "debit_use":
         names = ("user_id_input", "item_input", "idempotency_key_input", "expected_price_input")
         return [_read_debit(arguments, *names, "attempt_input")]
@@ -69,8 +69,9 @@ def _read_debit(members: Mapping[str, object], *names: str) -> Debit:
 
 
 def summarize(data: object) -> str:
+    """Return a short text of outcomes for the trace."""
     if isinstance(data, list):
-        return str([summarize(one) for one in data])
+        return str([summarize(element) for element in data])
     if isinstance(data, dict):
         return f"{data.get('outcome')}{' replayed' if data.get('replayed') else ''}"
     return repr(data)

@@ -1,18 +1,18 @@
-"""What has to be true after every run; each check yields what is wrong."""
+"""The checks of every run; each check yields its violations."""
 
 from collections.abc import Callable, Iterator
 
-from simulation import answers, limits
+from simulation import limits, responses
 from simulation.run import Run
 
 Check = Callable[[Run], Iterator[str]]
 
 CHECKS: dict[str, Check] = {
-    "charges": answers.check_charges,
-    "answers": answers.check_answers,
-    "rejections": answers.check_rejections,
-    "lookups": answers.check_lookups,
-    "replays": answers.check_replays,
+    "charges": responses.check_charges,
+    "responses": responses.check_responses,
+    "rejections": responses.check_rejections,
+    "lookups": responses.check_lookups,
+    "replays": responses.check_replays,
     "deadlines": limits.check_deadlines,
     "end": limits.check_end,
     "calm-waits": limits.check_calm_waits,
@@ -30,5 +30,5 @@ CHECKS: dict[str, Check] = {
 
 
 def find_violations(run: Run, checks: dict[str, Check]) -> list[tuple[str, str]]:
-    """Return the name of each check that fails, with what is wrong."""
+    """Return the violations, each with the name of its check."""
     return [(name, fault) for name, check in checks.items() for fault in check(run)]

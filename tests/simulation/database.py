@@ -1,4 +1,4 @@
-"""A model of the database: the rules of the debit functions, row locks, and what they wrote."""
+"""A model of the database: the rules of the debit functions, row locks and written rows."""
 
 import asyncio
 from collections import deque
@@ -14,7 +14,7 @@ Json = dict[str, object]
 
 
 class DatabaseError(Exception):
-    """A transaction that was rolled back, with the code that the database gives for it."""
+    """A transaction was rolled back with an error code of the database."""
 
     def __init__(self, code: str) -> None:
         super().__init__(code)
@@ -22,7 +22,7 @@ class DatabaseError(Exception):
 
 
 class Slots:
-    """So many at a time, in the order of arrival: a row lock has one slot, a pool several."""
+    """A first-in first-out semaphore: a row lock has one slot, a pool several."""
 
     def __init__(self, number: int) -> None:
         self._free = number
@@ -42,7 +42,7 @@ class Slots:
         """Wait for a slot.
 
         Raises:
-            TimeoutError: none became free in time.
+            TimeoutError: no slot became free in time.
         """
         if self.try_acquire():
             return
@@ -53,12 +53,13 @@ class Slots:
                 await turn
         except BaseException:
             if turn.done() and not turn.cancelled():
-                self.release()  # it was given in the same moment
+                self.release()  # the slot was granted at the same time
             elif turn in self._waiting:
                 self._waiting.remove(turn)
             raise
 
     def release(self) -> None:
+        """Release a slot, or pass it to the next waiter."""
         while self._waiting:
             turn = self._waiting.popleft()
             if not turn.done():
@@ -87,7 +88,7 @@ class Debit:
     item_id: str
     key: str
     expected_price: int | None
-    attempt: str | None  # the service's id for the request; it becomes that of the entry
+    attempt: str | None  # the service's id for the request, and of the entry
 
     def __post_init__(self) -> None:
         number = int(self.item_id.replace("-", ""), 16)
@@ -123,6 +124,7 @@ class Database:
         return self._locks.setdefault(("product", product), Slots(1))
 
     def find(self, user_id: int, key: str) -> Json | None:
+        """Return the outcome stored for a key as a replay, or None."""
         stored = self.outcomes.get((user_id, key))
         return {**stored, "replayed": True} if stored else None
 
@@ -142,10 +144,10 @@ class Database:
                 return earlier
             return {**head, "outcome": "idempotency_key_reused"}
         product = self.products.get(debit.product)
-        refusal = _refusal(user, product, debit.expected_price)
-        if refusal or product is None:
-            outcome = {**head, "outcome": refusal, "attempt": debit.attempt}
-            if refusal == "price_changed" and product:
+        decline = _decline(user, product, debit.expected_price)
+        if decline or product is None:
+            outcome = {**head, "outcome": decline, "attempt": debit.attempt}
+            if decline == "price_changed" and product:
                 outcome["price"] = product.price
         else:
             outcome = {**head, **self._append(debit, user, product.price, now)}
@@ -169,7 +171,7 @@ class Database:
         }
 
 
-def _refusal(user: User, product: Product | None, expected_price: int | None) -> str | None:
+def _decline(user: User, product: Product | None, expected_price: int | None) -> str | None:
     if not user.is_active:
         return "user_inactive"
     if product is None:

@@ -1,4 +1,4 @@
-"""Failures as the ledger client meets them: of the transport, of PostgREST and of proxies."""
+"""Failures that the ledger client receives from the transport, PostgREST and proxies."""
 
 import errno
 import random
@@ -31,7 +31,7 @@ def no_connection() -> Exception:
 
 
 def broken(draw: random.Random) -> Exception:
-    """Return what a connection that broke after sending raises."""
+    """Return the error of a connection that broke after sending."""
     causes = (
         aiohttp.ServerDisconnectedError,
         aiohttp.ClientOSError,
@@ -60,8 +60,8 @@ def from_code(code: str | int | None) -> Exception:
     return APIError({"code": code, "message": "simulated"})
 
 
-def nonsense(draw: random.Random, function: str, data: object) -> object:
-    """Return a response that is none of the function's."""
+def invalid_response(draw: random.Random, function: str, data: object) -> object:
+    """Return an invalid response for the function."""
     strange: list[object] = [[], {}, "OK", {"outcome": "debited"}, [data], {"outcome": "made_up"}]
     if function != "find_payment":  # which returns null if nothing is stored
         strange.append(None)
@@ -69,13 +69,13 @@ def nonsense(draw: random.Random, function: str, data: object) -> object:
 
 
 def describe(error: BaseException) -> str:
-    """Name a failure in a line of a trace."""
+    """Return a short text of a failure for the trace."""
     if isinstance(error, APIError):
         return f"failed: {error.code!r}"
     return f"failed: {type(error.__cause__ or error).__name__}"
 
 
 def _transport_error(cause: Exception) -> Exception:
-    error = httpx.ConnectTimeout("simulated")  # what the transport raises for all of them
+    error = httpx.ConnectTimeout("simulated")  # the transport raises this for all causes
     error.__cause__ = cause
     return error

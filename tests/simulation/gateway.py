@@ -1,4 +1,4 @@
-"""A model of PostgREST, its connections and the network: what the ledger client calls."""
+"""A model of PostgREST, its connections and the network, called by the ledger client."""
 
 import asyncio
 import random
@@ -15,7 +15,7 @@ from simulation.calls import Call, Response, read_debits, summarize
 from simulation.database import Database, DatabaseError, Slots
 from simulation.schedule import Fault, Schedule, Span
 
-# As in the migration: how long the functions wait for a row, and may take in all.
+# The lock timeout and the statement timeout of the functions in the migration.
 SINGLE_LOCK_SECONDS = 2.0
 STATEMENT_SECONDS = 4.0
 CONNECT_SECONDS = 2.0
@@ -23,7 +23,7 @@ LATE_SECONDS_MAX = 15.0
 
 
 class Gateway:
-    """Takes the place of the Supabase client; transactions go on when their caller has left."""
+    """Replaces the Supabase client; transactions continue when their caller is cancelled."""
 
     def __init__(
         self,
@@ -42,10 +42,13 @@ class Gateway:
         self.calls = 0
         self._row_waits: dict[Call, int] = {}
         self._calls_open: dict[Call, None] = {}
-        self.transactions: dict[asyncio.Task[None], Call] = {}  # and requests on their way
-        # The most of each kind at one time.
-        self.debit_calls_max = self.lookups_max = 0
-        self.row_waits_max = self.row_waits_of_user_max = self.single_calls_of_user_max = 0
+        self.transactions: dict[asyncio.Task[None], Call] = {}  # and requests in transit
+        # The maximum number of each kind at one time.
+        self.debit_calls_max = 0
+        self.lookups_max = 0
+        self.row_waits_max = 0
+        self.row_waits_of_user_max = 0
+        self.single_calls_of_user_max = 0
         self.fault_counts: Counter[Fault] = Counter()
 
     def rpc(self, function: str, arguments: dict[str, JSON]) -> Call:
@@ -95,7 +98,7 @@ class Gateway:
             self.single_calls_of_user_max = most
 
     async def _deliver(self, call: Call, fault: Fault | None) -> None:
-        """Take a call to the database and its response back, or lose them on the way."""
+        """Deliver a call to the database and its response back, unless the fault loses them."""
         if _is_within(self._schedule.gateway_restarts):
             call.fail(failures.refused())
             return
@@ -142,11 +145,11 @@ class Gateway:
             call.fail(failures.broken(self._draw))
         elif fault in (Fault.UNKNOWN, Fault.PROXY_PAGE):
             call.fail(failures.api_error(self._draw, fault))
-        elif fault is Fault.NONSENSE:
-            self._respond(call, failures.nonsense(self._draw, call.function, data))
+        elif fault is Fault.INVALID_RESPONSE:
+            self._respond(call, failures.invalid_response(self._draw, call.function, data))
         elif fault is not Fault.RESPONSE_SILENT:
             self._respond(call, data)
-        # A copy of a call that was not done could charge later, and no client could know.
+        # Do not repeat busy calls: a copy could charge later, and no client could know.
         if fault is Fault.REQUEST_TWICE and "busy" not in summarize(data):
             await asyncio.sleep(self._draw.uniform(0, LATE_SECONDS_MAX) * self._draw.random())
             with suppress(DatabaseError):
@@ -164,11 +167,11 @@ class Gateway:
         """Run the function in one transaction on a connection of the pool.
 
         Raises:
-            DatabaseError: it was rolled back.
+            DatabaseError: the transaction was rolled back.
         """
         if _is_within(self._schedule.postgres_restarts):
             raise DatabaseError(self._draw.choice(("PGRST000", "PGRST002")))
-        call.is_begun = True
+        call.has_begun = True
         try:
             await self._pool.acquire(self._schedule.pool_seconds)
         except TimeoutError:
@@ -184,7 +187,7 @@ class Gateway:
         finally:
             self._unlock_users(call)
             self._pool.release()
-            call.is_begun = False
+            call.has_begun = False
 
     async def _lock_users(self, call: Call) -> None:
         """Lock the users of a call: a single call waits for the row, a batch skips it."""
@@ -203,7 +206,7 @@ class Gateway:
         call.locked = set()
 
     async def _lock_products(self, call: Call) -> None:
-        """Lock the products, as the foreign key of an entry does; a batch skips held ones."""
+        """Lock the products, as the foreign key of an entry does; a batch skips locked products."""
         for debit in call.debits:
             lock = self._database.product_lock(debit.product)
             if lock.is_free:
@@ -239,7 +242,7 @@ class Gateway:
             raise DatabaseError(self._draw.choice(failures.ROLLED_BACK_CODES))
 
     def _commit(self, call: Call) -> object:
-        """Apply the function; from here on its transaction is done."""
+        """Apply the function; the transaction is then committed."""
         database = self._database
         now = asyncio.get_running_loop().time()
         if call.is_lookup:
@@ -255,9 +258,9 @@ class Gateway:
         return outcomes if call.is_batch else outcomes[0]
 
     def break_transactions(self, error: Callable[[random.Random], Exception]) -> None:
-        """End all transactions under way; some have just committed, and nobody is told."""
+        """Abort all open transactions; some have just committed, without a response."""
         for task, call in list(self.transactions.items()):
-            if not call.is_begun:
+            if not call.has_begun:
                 continue
             if call.is_executing and self._draw.random() < 0.5:
                 self._commit(call)
@@ -272,6 +275,6 @@ def _is_within(spans: list[Span]) -> bool:
 
 def _describe(response: asyncio.Future[Response]) -> str:
     if response.cancelled() or not response.done():
-        return "was left by its caller"
+        return "was abandoned by its caller"
     error = response.exception()
     return failures.describe(error) if error else summarize(response.result().data)

@@ -1,4 +1,4 @@
-"""An event loop with a virtual clock: when nothing is ready, time jumps to the next timer."""
+"""An event loop with a virtual clock: when no callback is ready, time jumps to the next timer."""
 
 import asyncio
 import heapq
@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import Context
 from typing import Any, TypeVarTuple, Unpack
 
-# A loop that makes more steps than this at one moment does not end by itself.
+# More steps than this without a wait are an endless loop.
 STEPS_WITHOUT_TIME_MAX = 100_000
 
 Arguments = TypeVarTuple("Arguments")
@@ -20,18 +20,18 @@ class StuckError(RuntimeError):
 
 
 class VirtualClockLoop(asyncio.BaseEventLoop):
-    """Runs callbacks in the order of an ordinary loop, without real time, threads or I/O.
+    """Run callbacks in the order of an ordinary loop, without real time, threads or I/O.
 
-    It has what tasks, futures and timeouts use, and runs once; sockets and threads are missing.
+    It supports tasks, futures and timeouts, and runs once; it has no sockets and threads.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.trace: list[str] = []
-        self.errors: list[str] = []  # of callbacks and of tasks that nobody waited for
+        self.errors: list[str] = []  # of callbacks and of tasks whose result was not awaited
         self._now = 0.0
         self._ready: deque[asyncio.Handle] = deque()
-        # With a number, so that timers of one moment fire in the order in which they were set.
+        # With a number, so that timers for the same time fire in the order of their creation.
         self._timers: list[tuple[float, int, asyncio.TimerHandle]] = []
         self._timers_set = 0
 
@@ -39,6 +39,7 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         return self._now
 
     def note(self, line: str) -> None:
+        """Add a line with the current time to the trace."""
         self.trace.append(f"{self._now:9.4f}  {line}")
 
     def stall(self, seconds: float) -> None:
@@ -49,7 +50,7 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         """Run until the coroutine ends, and raise what it raises.
 
         Raises:
-            StuckError: it cannot end.
+            StuckError: the coroutine cannot end.
         """
         events._set_running_loop(self)
         try:
@@ -63,7 +64,7 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
             self.close()
 
     def _pass_time(self) -> None:
-        """Make those timers ready whose time has come; jump to the next one if nothing is ready."""
+        """Make due timers ready; jump to the next timer if no callback is ready."""
         timers = self._timers
         if not self._ready:
             while timers and timers[0][2].cancelled():
@@ -124,4 +125,4 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
         self.errors.append(f"not handled: {context.get('exception', context['message'])}")
 
     def _timer_handle_cancelled(self, handle: asyncio.TimerHandle) -> None:
-        """Leave the timer where it is; it is skipped when its time has come."""
+        """Leave the timer in the heap; it is skipped when it is due."""

@@ -1,4 +1,4 @@
-"""Put known mistakes back into a copy of the service, and see that the simulation finds each.
+"""Reintroduce known mistakes in a copy of the service; the simulation must find each.
 
 PYTHONPATH=.:tests .venv/bin/python -m simulation.mutations
 """
@@ -18,7 +18,7 @@ SCHEDULES = 3_000
 
 @dataclass(frozen=True)
 class Mutation:
-    """A mistake, as a change of one place in the code, and the check that finds it."""
+    """A mistake: a change of one place in the code, and the check that finds it."""
 
     name: str
     file: str
@@ -28,7 +28,7 @@ class Mutation:
 
 
 # Rows 1, 3, 9, 10, 12, 16 and 17 of the table of faults, as version 0.1 had them.
-FORMER_FAULTS = (
+PAST_FAULTS = (
     Mutation(
         "each user with a held row occupies a connection",
         "ledger/group_commit.py",
@@ -49,7 +49,7 @@ FORMER_FAULTS = (
     ),
     Mutation("XX000 means not charged", "ledger/failures.py", ', "XX000")', ")", "rejections"),
     Mutation(
-        "whatever is replayed after a lost response is this request's own",
+        "a replay after a lost response is always the request's own outcome",
         "ledger/client.py",
         "                return await self._debit_once(sent, deadline)\n",
         "                outcome = await self._debit_once(sent, deadline)\n"
@@ -59,15 +59,17 @@ FORMER_FAULTS = (
         "replays",
     ),
     Mutation(
-        "look-ups share the limit of debits",
+        "lookups share the limit of debits",
         "ledger/client.py",
         "deadline, read_found, self._lookups)",
         "deadline, read_found)",
         "lookup-waits",
     ),
-    Mutation("25P02 is told as rejected", "ledger/failures.py", '    "25P02",\n', "", "rejections"),
     Mutation(
-        'what was certainly "not done" is repeated once',
+        "25P02 is returned as rejected", "ledger/failures.py", '    "25P02",\n', "", "rejections"
+    ),
+    Mutation(
+        "a call that was certainly not executed is retried only once",
         "ledger/repeats.py",
         "        self._calls += 1\n",
         "        self._calls += 1\n"
@@ -82,7 +84,7 @@ OTHER_MISTAKES = (
         "ledger/failures.py",
         "        return OutcomeUnknown if was_sent(error) else LedgerUnavailable\n",
         "        return LedgerUnavailable\n",
-        "answers",
+        "responses",
     ),
     Mutation(
         "each call has a new key",
@@ -96,28 +98,28 @@ OTHER_MISTAKES = (
         "ledger/client.py",
         "                if repeats.perhaps_done:\n",
         "                if isinstance(failure, OutcomeUnknown):\n",
-        "answers",
+        "responses",
     ),
     Mutation(
-        "a failed look-up finds nothing",
+        "a failed lookup finds nothing",
         "ledger/client.py",
         "        except PaymentError as error:\n            raise LedgerUnavailable from error\n",
         "        except PaymentError:\n            return None\n",
         "lookups",
     ),
     Mutation(
-        "who is in flight at the deadline is told not charged",
+        "a debit in flight at the deadline is returned as not charged",
         "ledger/group_commit.py",
         "            if waiting.is_in_flight or waiting.is_perhaps_done:\n",
         "            if waiting.is_perhaps_done:\n",
-        "answers",
+        "responses",
     ),
     Mutation(
-        "the debits of a lost batch are forgotten to be perhaps done",
+        "the debits of a lost batch are not marked as perhaps executed",
         "ledger/lane.py",
         "                waiting.is_perhaps_done = True\n",
         "                pass\n",
-        "answers",
+        "responses",
     ),
     Mutation(
         "parked debits stay parked",
@@ -138,22 +140,22 @@ OTHER_MISTAKES = (
         "ledger/lane.py",
         "in zip(batch, outcomes, strict=True):",
         "in zip(batch, reversed(outcomes), strict=True):",
-        "answers",
+        "responses",
     ),
     Mutation(
         "a reused key returns the outcome of another debit",
         "payments/debits.py",
         " or not earlier.is_about(sent.debit)",
         "",
-        "answers",
+        "responses",
     ),
 )
 
 
 def main() -> int:
-    """Return 1 if a mistake is not found."""
+    """Try every mistake; return 1 if the simulation does not find one."""
     missed = 0
-    for mutation in (*FORMER_FAULTS, *OTHER_MISTAKES):
+    for mutation in (*PAST_FAULTS, *OTHER_MISTAKES):
         found = find_mistake(mutation)
         missed += found is None
         sys.stdout.write(f"{mutation.name}: {found or 'NOT FOUND'}\n")
@@ -165,7 +167,7 @@ def find_mistake(mutation: Mutation) -> str | None:
     """Run the simulation on a mutated copy; return the first violation, or None.
 
     Raises:
-        ValueError: the mistake does not fit the code any more.
+        ValueError: the text to replace does not occur exactly once.
     """
     with tempfile.TemporaryDirectory(prefix="simulation-mutation-") as folder:
         shutil.copytree(ROOT / "app", Path(folder) / "app")

@@ -1,4 +1,4 @@
-"""One run: the service's own code takes the requests of a schedule."""
+"""A run: the code of the service handles the requests of a schedule."""
 
 import asyncio
 import logging
@@ -24,13 +24,13 @@ from simulation.loop import StuckError, VirtualClockLoop
 from simulation.schedule import Change, Hold, Purchase, Schedule, Span, make_schedule
 from simulation.stand_ins import SimulatedProducts, TraceHandler, VirtualPause
 
-# The longest call (5 s) may go on after the last answer; then nothing of the service may run.
+# The longest call (5 s) may continue after the last response; then no task may run.
 AFTERWARDS_SECONDS = 6.0
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a request was answered, and when."""
+class CompletedRequest:
+    """A request with its result and its times."""
 
     purchase: Purchase
     started_at: float
@@ -40,7 +40,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Lookup:
-    """What GET /payments/outcome was answered; an exception if it could not be looked up."""
+    """The result of GET /payments/outcome; an exception if the lookup failed."""
 
     purchase: Purchase
     started_at: float
@@ -50,16 +50,16 @@ class Lookup:
 
 @dataclass
 class Run:
-    """A schedule, and what came of it."""
+    """A schedule and its results."""
 
     schedule: Schedule
     database: Database
     gateway: Gateway
     trace: list[str]
-    answers: list[Answer] = field(default_factory=list)
+    requests: list[CompletedRequest] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
     late_lookups: list[Lookup] = field(default_factory=list)  # after all faults
-    faults_seen: list[str] = field(default_factory=list)  # found while it ran
+    faults: list[str] = field(default_factory=list)  # found during the run
 
 
 def run_seed(seed: int) -> Run:
@@ -80,7 +80,7 @@ def trace_seed(seed: int) -> Run:
 
 
 class _Runner:
-    """Puts the service together around a schedule and lets time pass."""
+    """Create the service for a schedule and run it."""
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
@@ -96,13 +96,13 @@ class _Runner:
         try:
             self._loop.run(self._live())
         except StuckError as error:
-            self._run.faults_seen.append(f"stuck: {error}")
-        self._run.faults_seen += self._loop.errors
+            self._run.faults.append(f"stuck: {error}")
+        self._run.faults += self._loop.errors
         return self._run
 
     async def _live(self) -> None:
         self._debits = self._make_service()
-        others = [self._loop.create_task(work) for work in self._work_of_others()]
+        outside_work = [self._loop.create_task(work) for work in self._outside_work()]
         requests = [
             self._loop.create_task(self._send(purchase, arrival))
             for purchase in self._schedule.purchases
@@ -112,18 +112,18 @@ class _Runner:
             self._loop.create_task(self._look_up(number, at, self._run.lookups))
             for at, number in self._schedule.lookups
         ]
-        for task in [*requests, *others]:
+        for task in [*requests, *outside_work]:
             await task
         await asyncio.sleep(AFTERWARDS_SECONDS)
         self._check_for_leftovers()
-        while late := list(self._gateway.transactions):  # requests that arrive late
+        while late := list(self._gateway.transactions):  # requests in transit
             await asyncio.wait(late)
         self._gateway.end_faults()
         await asyncio.sleep(self._pause.seconds_left())
         unknown = {
-            answer.purchase.number
-            for answer in self._run.answers
-            if isinstance(answer.result, OutcomeUnknown)
+            request.purchase.number
+            for request in self._run.requests
+            if isinstance(request.result, OutcomeUnknown)
         }
         for number in sorted({1, *unknown}):
             await self._look_up(number, 0, self._run.late_lookups)
@@ -152,12 +152,12 @@ class _Runner:
         try:
             deadline = self._debits.deadline()
             result = await self._debits.debit_user_for_item(debit, purchase.key, deadline)
-        except Exception as error:  # noqa: BLE001 - the checks tell a problem from a bug
+        except Exception as error:  # noqa: BLE001 - the checks distinguish problems from bugs
             result = error
-        self._loop.note(f"purchase {purchase.number} answered: {describe(result)}")
-        self._run.answers.append(Answer(purchase, started_at, self._loop.time(), result))
+        self._loop.note(f"purchase {purchase.number} returned: {describe(result)}")
+        self._run.requests.append(CompletedRequest(purchase, started_at, self._loop.time(), result))
 
-    async def _look_up(self, number: int, at: float, answers: list[Lookup]) -> None:
+    async def _look_up(self, number: int, at: float, requests: list[Lookup]) -> None:
         await asyncio.sleep(at)
         purchase = self._schedule.purchases[number - 1]
         if purchase.key is None:
@@ -170,9 +170,9 @@ class _Runner:
         except Exception as error:  # noqa: BLE001 - as above
             result = error
         self._loop.note(f"lookup of purchase {number}: {describe(result)}")
-        answers.append(Lookup(purchase, started_at, self._loop.time(), result))
+        requests.append(Lookup(purchase, started_at, self._loop.time(), result))
 
-    def _work_of_others(self) -> list[Coroutine[Any, Any, None]]:
+    def _outside_work(self) -> list[Coroutine[Any, Any, None]]:
         schedule = self._schedule
         return [
             *(self._hold(hold) for hold in schedule.holds),
@@ -194,7 +194,7 @@ class _Runner:
             self._loop.note(f"{hold.kind} {hold.row} is released")
 
     async def _change(self, change: Change) -> None:
-        """Write what others write, if the row is free; a debit reads it under the same lock."""
+        """Make another service's change if the row is free; debits read it with the same lock."""
         await asyncio.sleep(change.at)
         database = self._database
         if change.kind in ("balance", "user"):
@@ -211,7 +211,7 @@ class _Runner:
             database.products[change.row].price = 100 + change.value
         else:
             database.products[change.row].is_active = bool(change.value)
-        self._loop.note(f"others write: {change}")
+        self._loop.note(f"change by another service: {change}")
 
     async def _restart(self, span: Span, error: Callable[[random.Random], Exception]) -> None:
         await asyncio.sleep(span.start)
@@ -220,13 +220,13 @@ class _Runner:
 
     async def _stall(self, span: Span) -> None:
         await asyncio.sleep(span.start)
-        self._loop.note(f"the process stands still for {span.seconds:.3f} s")
+        self._loop.note(f"the process stalls for {span.seconds:.3f} s")
         self._loop.stall(span.seconds)
 
     def _check_for_leftovers(self) -> None:
-        own = {asyncio.current_task(), *self._gateway.transactions}
-        left = [task for task in asyncio.all_tasks() if task not in own]
-        found = self._run.faults_seen
+        expected = {asyncio.current_task(), *self._gateway.transactions}
+        left = [task for task in asyncio.all_tasks() if task not in expected]
+        found = self._run.faults
         found += [f"left running: {task.get_coro()}" for task in left]
         for gauge in (self._metrics.lane_depth, self._metrics.waiting):
             samples = [sample for family in gauge.collect() for sample in family.samples]
@@ -236,7 +236,7 @@ class _Runner:
 
 
 def describe(result: object) -> str:
-    """Name an answer in a line of a trace."""
+    """Return a short text of a result for the trace."""
     if isinstance(result, Debited):
         return f"debited{' (replay)' if result.replayed else ''}"
     return str(getattr(result, "code", None) or getattr(result, "outcome", None) or repr(result))

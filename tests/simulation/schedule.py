@@ -1,4 +1,4 @@
-"""What happens in one run: requests, faults and changes by others, all drawn from a seed."""
+"""The schedule of a run: requests, faults and changes by other services, drawn from a seed."""
 
 import random
 from collections.abc import Callable
@@ -16,7 +16,7 @@ PRICE = 100
 
 
 class Fault(StrEnum):
-    """What becomes of one call."""
+    """The fault of a call."""
 
     REFUSED = "the connection is refused"
     NO_CONNECTION = "no connection in time"
@@ -34,12 +34,12 @@ class Fault(StrEnum):
     PROXY_PAGE = "a page of a proxy"
     ASKED_TO_WAIT = "429 with Retry-After"
     REJECTED = "an error code: rejected"
-    NONSENSE = "a response that is no outcome"
+    INVALID_RESPONSE = "a response that is no outcome"
 
 
 @dataclass(frozen=True)
 class Purchase:
-    """What a customer wants, and when the caller sends it: again under the same key."""
+    """A purchase, and the times at which its request is sent with the same key."""
 
     number: int
     user_id: int
@@ -50,13 +50,13 @@ class Purchase:
 
     @property
     def item_id(self) -> UUID:
-        """The product, as an id that also tells the purchase."""
+        """Return an item id that contains the product and the number of the purchase."""
         return UUID(int=self.product << PURCHASE_BITS | self.number)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Something that begins at a time and lasts for a while."""
+    """A period of time."""
 
     start: float
     seconds: float
@@ -68,7 +68,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Hold(Span):
-    """A transaction of somebody else that holds the row of a user or of a product."""
+    """Another service's transaction that locks the row of a user or of a product."""
 
     kind: str
     row: int
@@ -76,7 +76,7 @@ class Hold(Span):
 
 @dataclass(frozen=True)
 class Change:
-    """A write of somebody else at a time: to a balance, a price, or an `active`."""
+    """Another service's write at a time: to a balance, a price, or `active`."""
 
     at: float
     kind: str
@@ -86,7 +86,7 @@ class Change:
 
 @dataclass
 class Schedule:
-    """One run; the defaults are a calm day."""
+    """The parameters of a run; by default, nothing fails."""
 
     seed: int
     kind: str = "calm"
@@ -121,7 +121,7 @@ class Schedule:
 
 
 def make_schedule(seed: int) -> Schedule:
-    """Draw a schedule; the same seed gives the same one."""
+    """Draw a schedule; the same seed gives the same schedule."""
     draw = random.Random(f"schedule {seed}")
     schedule = Schedule(seed)
     schedule.kind = draw.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
@@ -132,15 +132,15 @@ def make_schedule(seed: int) -> Schedule:
 
 
 def _calm(schedule: Schedule, draw: random.Random) -> None:
-    _add_world(schedule, USERS, balance=10 * PRICE)
+    _add_users_and_products(schedule, USERS, balance=10 * PRICE)
     _add_purchases(schedule, draw, draw.randint(5, 20), _bursts(draw, 2.0))
     _add_lookups(schedule, draw, draw.randint(0, 5), 2.0)
 
 
 def _held_rows(schedule: Schedule, draw: random.Random) -> None:
-    """More held rows than the pool has connections, and users whose rows are free."""
+    """Add more locked rows than the pool has connections, and users whose rows are free."""
     held = range(100, 100 + draw.choice((1, 3, 6, 14, 18)))
-    _add_world(schedule, [*USERS, *held], balance=10 * PRICE)
+    _add_users_and_products(schedule, [*USERS, *held], balance=10 * PRICE)
     start = draw.uniform(0, 0.2)
     seconds = draw.choice((0.1, 0.6, 0.6, 2.5))
     for user_id in held:
@@ -154,16 +154,16 @@ def _held_rows(schedule: Schedule, draw: random.Random) -> None:
 
 
 def _held_products(schedule: Schedule, draw: random.Random) -> None:
-    """A held product delays those who buy it; nobody else for long."""
-    _add_world(schedule, USERS, balance=10 * PRICE)
+    """Add a locked product and debits of all products."""
+    _add_users_and_products(schedule, USERS, balance=10 * PRICE)
     held = draw.choice(PRODUCTS)
     schedule.holds.append(Hold(0.1, draw.uniform(0.2, 3.0), "product", held))
     _add_purchases(schedule, draw, draw.randint(6, 25), _bursts(draw, 1.5))
 
 
 def _failed_batch(schedule: Schedule, draw: random.Random) -> None:
-    """One batch fails while many debits wait, some of them of one user."""
-    _add_world(schedule, range(1, 40), balance=100 * PRICE)
+    """Let one batch fail while many debits wait, some of them of one user."""
+    _add_users_and_products(schedule, range(1, 40), balance=100 * PRICE)
     users = draw.choice((list(range(1, 40)), [1, 2, 3], [*([2] * 20), *range(3, 20)]))
     times = [0.1] * draw.randint(10, 40)
     for arrival in times:
@@ -176,8 +176,8 @@ def _failed_batch(schedule: Schedule, draw: random.Random) -> None:
 
 
 def _outage(schedule: Schedule, draw: random.Random) -> None:
-    """Postgres or the gateway restarts within a second; nothing else fails."""
-    _add_world(schedule, USERS, balance=100 * PRICE)
+    """Restart Postgres or the gateway within a second, without other faults."""
+    _add_users_and_products(schedule, USERS, balance=100 * PRICE)
     start = draw.uniform(0.1, 0.5)
     if draw.random() < 0.5:
         schedule.gateway_restarts.append(Span(start, draw.uniform(0.05, 1.0)))
@@ -187,9 +187,9 @@ def _outage(schedule: Schedule, draw: random.Random) -> None:
 
 
 def _many_lookups(schedule: Schedule, draw: random.Random) -> None:
-    """Far more lookups than connections, and a few debits behind them."""
+    """Add many more lookups than connections, and a few debits behind them."""
     users = range(2000, 2060)  # few lookups of one user run at a time
-    _add_world(schedule, users, balance=10 * PRICE)
+    _add_users_and_products(schedule, users, balance=10 * PRICE)
     schedule.execution_seconds = 0.05
     few = draw.randint(2, 6)
     for number, user_id in enumerate(users):
@@ -200,14 +200,14 @@ def _many_lookups(schedule: Schedule, draw: random.Random) -> None:
 
 
 def _chaos(schedule: Schedule, draw: random.Random) -> None:
-    """Everything at once."""
-    _add_world(schedule, USERS, balance=draw.choice((2, 5, 50)) * PRICE)
+    """Draw all kinds of faults and changes."""
+    _add_users_and_products(schedule, USERS, balance=draw.choice((2, 5, 50)) * PRICE)
     seconds = draw.choice((0.5, 3.0, 6.0))
     _add_purchases(schedule, draw, draw.randint(3, 16), _bursts(draw, seconds))
     _add_lookups(schedule, draw, draw.randint(0, 6), seconds)
     schedule.fault_share = draw.choice((0.0, 0.05, 0.2, 0.5, 0.9))
-    some = draw.sample(list(Fault), draw.randint(1, len(Fault)))
-    schedule.faults = {fault: 0.2 if fault is Fault.REJECTED else 1.0 for fault in some}
+    kinds = draw.sample(list(Fault), draw.randint(1, len(Fault)))
+    schedule.faults = {fault: 0.2 if fault is Fault.REJECTED else 1.0 for fault in kinds}
     schedule.pool_size = draw.choice((1, 2, 5, 10))
     schedule.pool_seconds = draw.choice((0.1, 1.0, 10.0))
     schedule.batch_size_max = draw.choice((1, 2, 5, 64, 64, 64))
@@ -243,13 +243,13 @@ KINDS: dict[str, tuple[Callable[[Schedule, random.Random], None], float]] = {
 }
 
 
-def _add_world(schedule: Schedule, users: "range | list[int]", balance: int) -> None:
+def _add_users_and_products(schedule: Schedule, users: "range | list[int]", balance: int) -> None:
     schedule.users = {user_id: User(balance) for user_id in users}
     schedule.products = {product: Product(PRICE) for product in PRODUCTS}
 
 
 def _bursts(draw: random.Random, seconds: float) -> Callable[[], float]:
-    """Return a source of times that often fall together."""
+    """Return a source of times that often coincide."""
     moments = [draw.uniform(0, seconds) for _ in range(draw.randint(1, 4))]
     return lambda: draw.choice(moments) + draw.choice((0.0, 0.001, 0.02)) * draw.random()
 
@@ -271,7 +271,7 @@ def _add_purchases(
 def _add_purchase(
     schedule: Schedule, draw: random.Random, user_id: int, arrivals: list[float]
 ) -> None:
-    """Add a purchase; rarely one that is refused: an unknown row, a wrong price, a reused key."""
+    """Add a purchase; a few are declined: an unknown row, a wrong price, a reused key."""
     number = len(schedule.purchases) + 1
     key: str | None = f"key-{number}"
     product = draw.choice(PRODUCTS)

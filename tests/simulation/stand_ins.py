@@ -1,4 +1,4 @@
-"""What takes the place of the service's clients besides the ledger, and of its log."""
+"""Stand-ins for the products client, the pause and the log of the service."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ PRODUCTS_SECONDS = 0.002
 
 
 class VirtualPause(Pause):
-    """The pause that a gateway asks for, by the loop's clock."""
+    """The pause of a Retry-After, with the loop's clock."""
 
     def __init__(self) -> None:
         super().__init__("SUPABASE_URL", ())
@@ -30,7 +30,7 @@ class VirtualPause(Pause):
 
 @dataclass(frozen=True)
 class Item:
-    """An item as the use case reads it."""
+    """An item with the fields that the use case reads."""
 
     id: UUID
     price: int
@@ -38,7 +38,7 @@ class Item:
 
 
 class SimulatedProducts:
-    """Takes the place of the products service's client."""
+    """A stand-in for the client of the products service."""
 
     def __init__(self, products: dict[int, Product], outages: list[Span]) -> None:
         self._products = products
@@ -56,7 +56,7 @@ class SimulatedProducts:
 
 
 class TraceHandler(logging.Handler):
-    """Puts the service's log into the trace of the run under way."""
+    """Add the service's log to the trace of the current run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         loop = asyncio.get_running_loop()

@@ -1,10 +1,10 @@
-"""The simulation finds the faults for which it was made."""
+"""The simulation finds the past faults that it was written for."""
 
 import pytest
 
-from simulation.mutations import FORMER_FAULTS, Mutation, find_mistake
+from simulation.mutations import PAST_FAULTS, Mutation, find_mistake
 
 
-@pytest.mark.parametrize("mutation", FORMER_FAULTS, ids=lambda mutation: mutation.name)
-def test_a_former_fault_that_is_put_back_is_found(mutation: Mutation) -> None:
+@pytest.mark.parametrize("mutation", PAST_FAULTS, ids=lambda mutation: mutation.name)
+def test_a_reintroduced_fault_is_found(mutation: Mutation) -> None:
     assert find_mistake(mutation) is not None

@@ -1,4 +1,4 @@
-"""The service keeps its promises on a virtual clock, whatever fails around it."""
+"""The service on a virtual clock: responses are true and limits hold despite faults."""
 
 import asyncio
 import logging
@@ -16,13 +16,13 @@ from simulation.run import describe, run_seed
 from simulation.schedule import KINDS, Fault
 
 ROOT = Path(__file__).parents[2]
-# Fewer are enough while one works on something else; .ci/run leaves the variable unset.
+# Fewer schedules are enough during development; .ci/run leaves the variable unset.
 SCHEDULES = int(os.environ.get("SIMULATION_SCHEDULES", "10000"))
 PARTS = 10
 
 
 def simulate(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command, without the measurement of coverage, which takes half as long again."""
+    """Run the command without measuring coverage, which would take 50 % longer."""
     inherited = {name: value for name, value in os.environ.items() if "COVERAGE" not in name}
     return subprocess.run(
         [sys.executable, "-m", "simulation", *arguments],
@@ -36,28 +36,28 @@ def simulate(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 @pytest.fixture(autouse=True)
 def no_log() -> Iterator[None]:
-    """Keep the log quiet: each fault has its warning, and there are many."""
+    """Disable the log, because every fault logs a warning."""
     logging.disable()
     yield
     logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_answer_is_true_and_every_limit_holds(part: int) -> None:
+def test_every_response_is_true_and_every_limit_holds(part: int) -> None:
     number = SCHEDULES // PARTS
     result = simulate("--first", f"{part * number}", "--seeds", f"{number}")
     assert result.returncode == 0, result.stdout
 
 
-def test_the_schedules_reach_everything() -> None:
+def test_the_schedules_cover_all_kinds_faults_and_outcomes() -> None:
     kinds: Counter[str] = Counter()
     faults: Counter[Fault] = Counter()
-    answers: Counter[str] = Counter()
+    requests: Counter[str] = Counter()
     for seed in range(400):
         run = run_seed(seed)
         kinds[run.schedule.kind] += 1
         faults += run.gateway.fault_counts
-        answers += Counter(describe(answer.result) for answer in run.answers)
+        requests += Counter(describe(request.result) for request in run.requests)
     assert set(kinds) == set(KINDS)
     assert set(faults) == set(Fault)
     minimum = {
@@ -75,7 +75,7 @@ def test_the_schedules_reach_everything() -> None:
         "item_inactive": 2,
         "user_inactive": 2,
     }
-    assert not {code: answers[code] for code, least in minimum.items() if answers[code] < least}
+    assert not {code: requests[code] for code, least in minimum.items() if requests[code] < least}
 
 
 def test_a_seed_reproduces_a_run_in_another_process() -> None:
@@ -101,7 +101,7 @@ def test_virtual_time_passes_without_real_time() -> None:
     assert loop.time() == 86_460
 
 
-def test_waiting_for_nothing_is_an_error() -> None:
+def test_waiting_without_a_timer_is_an_error() -> None:
     async def wait_for_nothing() -> None:
         await asyncio.get_running_loop().create_future()
 

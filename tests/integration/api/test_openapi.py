@@ -1,4 +1,4 @@
-"""The OpenAPI document and the service agree, whatever is sent: no 500, no undocumented answer."""
+"""The OpenAPI document matches the service: no status 500, no undocumented response."""
 
 from typing import Any
 
@@ -30,12 +30,12 @@ def api_schema(service: httpx.Client, migrated_port: int) -> Any:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
-def test_every_answer_is_as_documented(
+def test_every_response_matches_the_openapi_document(
     api_schema: Any, path: str, method: str, mode: GenerationMode
 ) -> None:
     operation = api_schema[path][method]
     if mode is GenerationMode.NEGATIVE and not (operation.query or operation.body):
-        return  # nothing can be wrong where nothing is sent
+        return  # a request without query and body cannot be invalid
 
     @settings(
         max_examples=100,
@@ -47,16 +47,16 @@ def test_every_answer_is_as_documented(
         response = case.call()
         case.validate_response(
             response,
-            excluded_checks=[positive_data_acceptance] if may_be_refused(case, response) else [],
+            excluded_checks=[positive_data_acceptance] if may_be_rejected(case, response) else [],
         )
 
     send()
 
 
-def may_be_refused(case: Any, response: Any) -> bool:
-    """Tell refusals that no schema can foresee: 1.0, a number in a string, an old key, no money.
+def may_be_rejected(case: Any, response: Any) -> bool:
+    """Return whether no schema can predict this error, such as 1.0, a reused key or a low balance.
 
-    A look-up needs its key in the query or the header, which a schema cannot say either.
+    A lookup needs its key in the query or the header, which a schema cannot express either.
     """
     if response.status_code == 402:
         return True
@@ -73,20 +73,20 @@ def may_be_refused(case: Any, response: Any) -> bool:
     return too_large or fraction or response.json()["code"] == "idempotency_key_reused"
 
 
-def test_the_examples_of_the_document_work_on_the_seed(
+def test_the_documented_examples_work_with_the_seed_data(
     api_schema: Any, service: httpx.Client, database: Database
 ) -> None:
     database.connection.execute('update public."Users" set balance = 5000 where card_id = 1001')
     operation = api_schema.raw_schema["paths"]["/payments/debit"]["post"]
     body = operation["requestBody"]["content"]["application/json"]["example"]
-    answer = service.post("/payments/debit", json=body)
-    assert answer.status_code == 200
+    response = service.post("/payments/debit", json=body)
+    assert response.status_code == 200
     documented = operation["responses"]["200"]["content"]["application/json"]["example"]
-    assert set(answer.json()) == set(documented)
-    assert answer.json()["amount"] == documented["amount"]
+    assert set(response.json()) == set(documented)
+    assert response.json()["amount"] == documented["amount"]
 
 
-def test_every_refusal_that_is_documented_is_a_problem() -> None:
+def test_every_documented_error_is_a_problem() -> None:
     document = create_app().openapi()
     assert (
         set(document["components"]["schemas"]) & {"HTTPValidationError", "ValidationError"} == set()

@@ -1,4 +1,4 @@
-"""What surrounds the debit: health, readiness, request ids, the catalogue, the documentation."""
+"""Other routes and features: health, readiness, request ids, catalogue and documentation."""
 
 import json
 import re
@@ -31,14 +31,14 @@ def test_health_needs_no_dependency(start_service: Callable[..., httpx.Client]) 
     assert (response.status_code, response.json()) == (200, {"status": "healthy"})
 
 
-def test_ready_once_the_ledger_has_answered(service: httpx.Client) -> None:
+def test_the_service_is_ready_once_the_ledger_has_responded(service: httpx.Client) -> None:
     await_ready(service.base_url)
     response = service.get("/ready")
     assert response.json()["status"] == "ready"
     assert response.json()["dependencies"]["ledger"] == "ok"
 
 
-def test_a_missing_migration_never_becomes_ready(
+def test_the_service_never_becomes_ready_without_the_migrations(
     start_service: Callable[..., httpx.Client],
     database: Database,
     postgres_port: int,
@@ -59,7 +59,7 @@ def test_a_missing_migration_never_becomes_ready(
     assert "the migrations are applied" in caplog.text
 
 
-def test_an_outage_after_the_start_does_not_turn_readiness_off(
+def test_the_service_stays_ready_during_an_outage_of_the_ledger(
     start_service: Callable[..., httpx.Client], database: Database, migrated_port: int
 ) -> None:
     user_id = database.add_user()
@@ -76,16 +76,16 @@ def test_an_outage_after_the_start_does_not_turn_readiness_off(
     assert database.debits(user_id) == []
 
 
-def test_a_request_id_is_echoed_or_made(service: httpx.Client) -> None:
+def test_a_request_id_is_echoed_or_generated(service: httpx.Client) -> None:
     assert service.get("/health", headers={"X-Request-ID": "till-7"}).headers["x-request-id"] == (
         "till-7"
     )
-    made = {service.get("/health").headers["x-request-id"] for _ in range(3)}
-    assert len(made) == 3
+    generated = {service.get("/health").headers["x-request-id"] for _ in range(3)}
+    assert len(generated) == 3
 
 
 @pytest.mark.parametrize("request_id", ["", "with space", "x" * 129, "å"])
-def test_an_unusable_request_id_is_replaced(service: httpx.Client, request_id: str) -> None:
+def test_an_invalid_request_id_is_replaced(service: httpx.Client, request_id: str) -> None:
     response = service.get("/health", headers={b"X-Request-ID": request_id.encode()})
     assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
 
@@ -95,8 +95,8 @@ def test_the_trace_context_reaches_both_dependencies(
 ) -> None:
     item = "550e8400-e29b-41d4-a716-446655440000"
     body = json.dumps({"id": item, "price": 1, "active": True}).encode()
-    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
-    with RawServer(answer + body) as products, RawServer(b"") as gateway:
+    response = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+    with RawServer(response + body) as products, RawServer(b"") as gateway:
         service = start_service(
             supabase_url=gateway.url, products_service_url=products.url, request_timeout_seconds=1
         )
@@ -119,7 +119,7 @@ def test_the_catalogue_explains_every_code(service: httpx.Client) -> None:
 
 @pytest.fixture(scope="module")
 def broken_service() -> Iterator[httpx.Client]:
-    """A service with a bug in a route."""
+    """Run a service with a bug in a route."""
     service = create_app(make_settings())
 
     async def fail(request: Request) -> None:
@@ -131,7 +131,9 @@ def broken_service() -> Iterator[httpx.Client]:
         yield client
 
 
-def test_a_bug_is_answered_as_one_and_tells_nothing_internal(broken_service: httpx.Client) -> None:
+def test_a_bug_returns_internal_error_without_internal_details(
+    broken_service: httpx.Client,
+) -> None:
     response = broken_service.get("/broken", headers={"X-Request-ID": "till-7"})
     assert (response.status_code, response.json()["code"]) == (500, "internal_error")
     assert response.headers["x-request-id"] == response.json()["request_id"] == "till-7"
@@ -180,7 +182,7 @@ def test_every_response_of_the_debit_is_documented_with_an_example(
             assert example["value"]["status"] == int(status) == PROBLEMS[code].status
 
 
-def test_every_reference_in_the_document_leads_somewhere(document: dict[str, Any]) -> None:
+def test_every_reference_in_the_openapi_document_resolves(document: dict[str, Any]) -> None:
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(document["components"]["schemas"])
     assert {"DebitRequest", "Payment", "Problem"} <= references

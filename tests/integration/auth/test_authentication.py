@@ -1,4 +1,4 @@
-"""Who may call: tokens with real signatures, and an issuer that publishes its keys over HTTP."""
+"""Authentication: tokens with real signatures, and an issuer that publishes its keys over HTTP."""
 
 import json
 import time
@@ -10,14 +10,14 @@ import jwt
 import pytest
 from database import Database
 from issuer import (
+    ACCEPTED,
     AUDIENCE,
     ISSUER,
-    LET_IN,
     ROLE,
     Issuer,
     Start,
-    ask,
     code,
+    look_up,
     make_token,
     private_key,
     public_pem,
@@ -35,35 +35,33 @@ def service(start_service: Start, issuer: Issuer) -> httpx.Client:
     return start(start_service, issuer)
 
 
-def test_a_valid_token_is_let_in(service: httpx.Client) -> None:
-    assert code(ask(service, make_token())) == LET_IN
+def test_a_valid_token_is_accepted(service: httpx.Client) -> None:
+    assert code(look_up(service, make_token())) == ACCEPTED
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_keys_of_every_asymmetric_kind_are_understood(start_service: Start, algorithm: str) -> None:
+def test_every_asymmetric_algorithm_is_supported(start_service: Start, algorithm: str) -> None:
     with Issuer(published("key", algorithm)) as issuer:
         service = start(start_service, issuer)
-        assert code(ask(service, make_token("key", algorithm))) == LET_IN
-        assert code(ask(service, make_token("forger", algorithm, key_id="key"))) == (
+        assert code(look_up(service, make_token("key", algorithm))) == ACCEPTED
+        assert code(look_up(service, make_token("forger", algorithm, key_id="key"))) == (
             "unauthenticated"
         )
 
 
-def test_a_debit_needs_a_token_and_is_done_with_one(
-    service: httpx.Client, database: Database
-) -> None:
+def test_a_debit_requires_a_token(service: httpx.Client, database: Database) -> None:
     user_id = database.add_user()
     body = {"user_id": user_id, "item_id": str(database.add_item())}
-    refused = service.post("/payments/debit", json=body)
-    assert (refused.status_code, code(refused)) == (401, "unauthenticated")
-    assert refused.headers["www-authenticate"] == "Bearer"
+    rejected = service.post("/payments/debit", json=body)
+    assert (rejected.status_code, code(rejected)) == (401, "unauthenticated")
+    assert rejected.headers["www-authenticate"] == "Bearer"
     assert database.debits(user_id) == []
     headers = {"Authorization": f"Bearer {make_token()}"}
     assert service.post("/payments/debit", json=body, headers=headers).status_code == 200
 
 
 def hmac_with_public_key() -> str:
-    """The classic forgery: what everybody knows of the key, taken for a shared secret."""
+    """Forge a token: sign it with HMAC and the public key as the secret."""
     header, payload = (
         jwt.utils.base64url_encode(json.dumps(part).encode()).decode()
         for part in (
@@ -82,7 +80,7 @@ def unsigned() -> str:
 
 
 def sign(payload: bytes, **header: Any) -> str:
-    """Sign what is no proper token with a key that is trusted."""
+    """Sign an arbitrary payload with a trusted key."""
     parts = json.dumps({"alg": "RS256", "kid": "first", **header}).encode(), payload
     encode = jwt.utils.base64url_encode
     signed = b".".join(encode(part) for part in parts)
@@ -95,12 +93,12 @@ def encoded(header: bytes) -> str:
     return f"{jwt.utils.base64url_encode(header).decode()}.e30.e30"
 
 
-REFUSED: dict[str, tuple[Callable[[], str], str]] = {
+REJECTED_TOKENS: dict[str, tuple[Callable[[], str], str]] = {
     "expired": (
         lambda: make_token(exp=int(time.time()) - LEEWAY_SECONDS - 1),
         "The token has expired",
     ),
-    "with an end that is no time": (
+    "an expiry that is not a time": (
         lambda: make_token(exp=float("inf")),
         "The token cannot be read",
     ),
@@ -108,7 +106,7 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
         lambda: make_token(nbf=int(time.time()) + 60),
         "The token is not valid yet",
     ),
-    "without an end": (lambda: make_token(exp=None), "The token lacks exp"),
+    "no expiry": (lambda: make_token(exp=None), "The token lacks exp"),
     "wrong issuer": (lambda: make_token(iss=f"{ISSUER}-2"), "The token is from another issuer"),
     "no issuer": (lambda: make_token(iss=None), "The token lacks iss"),
     "wrong audience": (lambda: make_token(aud=["shop"]), "The token is for another audience"),
@@ -117,7 +115,7 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
         lambda: make_token("forger", key_id="first"),
         "The token's signature is not valid",
     ),
-    "wrong kind of key": (
+    "wrong type of key": (
         lambda: make_token("forger", "ES256", key_id="first"),
         "The token cannot be read",
     ),
@@ -126,7 +124,7 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
         "The token cannot be read",
     ),
     "no signature": (unsigned, "The token is not signed with an asymmetric algorithm"),
-    "the public key as secret": (
+    "the public key as the secret": (
         hmac_with_public_key,
         "The token is not signed with an asymmetric algorithm",
     ),
@@ -135,24 +133,27 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
         "The token's signature is not valid",
     ),
     "no token": (lambda: "abc", "The token cannot be read"),
-    "claims that are none": (lambda: sign(b"[]"), "The token cannot be read"),
-    "a key id that is no text": (lambda: sign(b"{}", kid=["first"]), "The token cannot be read"),
-    "an extension that is not known": (
+    "claims that are not an object": (lambda: sign(b"[]"), "The token cannot be read"),
+    "a key id that is not a string": (
+        lambda: sign(b"{}", kid=["first"]),
+        "The token cannot be read",
+    ),
+    "an unknown extension": (
         lambda: sign(b"{}", crit=["exp"], exp=1),
         "The token cannot be read",
     ),
     "too long": (lambda: "a" * 16385, "The token is longer than 16384 characters"),
-    "a header without an end": (lambda: encoded(b"[" * 6000), "The token cannot be read"),
-    "claims without an end": (lambda: sign(b"[" * 6000), "The token cannot be read"),
-    "a number without an end": (
+    "a deeply nested header": (lambda: encoded(b"[" * 6000), "The token cannot be read"),
+    "deeply nested claims": (lambda: sign(b"[" * 6000), "The token cannot be read"),
+    "a very long number": (
         lambda: sign(b'{"exp": %s}' % (b"9" * 5000)),
         "The token cannot be read",
     ),
-    "a token of a logout": (
+    "a logout token": (
         lambda: sign(b"{}", typ="logout+jwt"),
         "The token is for another use: an access token is needed",
     ),
-    "a type that is no text": (
+    "a type that is not a string": (
         lambda: sign(b"{}", typ=["JWT"]),
         "The token is for another use: an access token is needed",
     ),
@@ -175,12 +176,12 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_an_invalid_token_is_refused_and_told_why(service: httpx.Client, name: str) -> None:
-    token, why = REFUSED[name]
-    response = ask(service, token())
+@pytest.mark.parametrize("name", REJECTED_TOKENS)
+def test_an_invalid_token_is_rejected_with_the_reason(service: httpx.Client, name: str) -> None:
+    token, reason = REJECTED_TOKENS[name]
+    response = look_up(service, token())
     assert (response.status_code, code(response)) == (401, "unauthenticated")
-    assert response.json()["detail"] == why
+    assert response.json()["detail"] == reason
     assert response.headers["www-authenticate"] == 'Bearer error="invalid_token"'
 
 
@@ -195,22 +196,22 @@ def test_an_invalid_token_is_refused_and_told_why(service: httpx.Client, name: s
         lambda: {"padding": "a" * 10_000},
     ],
 )
-def test_a_token_is_accepted_as_issuers_write_it(
+def test_claims_are_accepted_in_every_form_that_issuers_use(
     service: httpx.Client, claims: Callable[[], dict[str, Any]]
 ) -> None:
     token = make_token(**claims())
-    assert code(ask(service, token)) == LET_IN
-    assert code(ask(service, token)) == LET_IN
+    assert code(look_up(service, token)) == ACCEPTED
+    assert code(look_up(service, token)) == ACCEPTED
 
 
-def test_a_token_that_ended_a_moment_ago_is_accepted(service: httpx.Client) -> None:
-    assert code(ask(service, make_token(exp=int(time.time()) - 1))) == LET_IN
+def test_a_token_that_expired_within_the_leeway_is_accepted(service: httpx.Client) -> None:
+    assert code(look_up(service, make_token(exp=int(time.time()) - 1))) == ACCEPTED
 
 
 @pytest.mark.parametrize("kind", ["at+jwt", "JWT", "application/at+JWT"])
-def test_access_tokens_may_name_their_type(service: httpx.Client, kind: str) -> None:
+def test_an_access_token_may_have_a_type_header(service: httpx.Client, kind: str) -> None:
     claims = {"iss": ISSUER, "aud": AUDIENCE, "exp": int(time.time()) + 60, "scope": ROLE}
-    assert code(ask(service, sign(json.dumps(claims).encode(), typ=kind))) == LET_IN
+    assert code(look_up(service, sign(json.dumps(claims).encode(), typ=kind))) == ACCEPTED
 
 
 def call(service: httpx.Client, *authorization: str) -> httpx.Response:
@@ -221,26 +222,26 @@ def call(service: httpx.Client, *authorization: str) -> httpx.Response:
     )
 
 
-def test_a_missing_token_is_told_apart_from_an_invalid_one(service: httpx.Client) -> None:
+def test_a_missing_token_gets_another_challenge_than_an_invalid_one(service: httpx.Client) -> None:
     for response in (call(service), call(service, "")):
         assert (response.status_code, code(response)) == (401, "unauthenticated")
         assert response.json()["detail"].startswith("The token is missing")
         assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_the_header_is_read_as_clients_write_it(service: httpx.Client) -> None:
+def test_the_bearer_scheme_accepts_any_case_and_whitespace(service: httpx.Client) -> None:
     for scheme in ("bearer ", "BEARER ", "Bearer   ", "Bearer\t"):
-        assert code(call(service, f"{scheme}{make_token()}")) == LET_IN
+        assert code(call(service, f"{scheme}{make_token()}")) == ACCEPTED
 
 
-def test_two_tokens_are_refused(service: httpx.Client) -> None:
+def test_two_authorization_headers_are_rejected(service: httpx.Client) -> None:
     response = call(service, f"Bearer {make_token()}", f"Bearer {make_token()}")
     assert code(response) == "unauthenticated"
     assert "more than one" in response.json()["detail"]
 
 
 @pytest.mark.parametrize("header", ["Basic dXNlcjpwYXNz", "Bearer", "token abc"])
-def test_only_bearer_tokens_are_understood(service: httpx.Client, header: str) -> None:
+def test_other_authorization_schemes_are_rejected(service: httpx.Client, header: str) -> None:
     response = service.get(
         "/payments/outcome",
         params={"user_id": "1", "idempotency_key": "k"},
@@ -265,7 +266,7 @@ def test_only_bearer_tokens_are_understood(service: httpx.Client, header: str) -
 def test_a_token_without_the_role_is_forbidden(
     service: httpx.Client, claims: dict[str, Any]
 ) -> None:
-    response = ask(service, make_token(**claims))
+    response = look_up(service, make_token(**claims))
     assert (response.status_code, code(response)) == (403, "forbidden")
 
 
@@ -281,48 +282,52 @@ def test_a_token_without_the_role_is_forbidden(
         {"resource_access": {AUDIENCE: {"roles": [ROLE]}}},
     ],
 )
-def test_the_role_is_found_where_issuers_write_it(
+def test_the_role_is_found_in_every_claim_that_issuers_use(
     service: httpx.Client, claims: dict[str, Any]
 ) -> None:
-    assert code(ask(service, make_token(realm_access=None, **claims))) == LET_IN
+    assert code(look_up(service, make_token(realm_access=None, **claims))) == ACCEPTED
 
 
-def test_what_is_not_configured_is_not_asked(start_service: Start, issuer: Issuer) -> None:
+def test_claims_without_a_configured_rule_are_not_checked(
+    start_service: Start, issuer: Issuer
+) -> None:
     service = start_service(auth_jwks_url=issuer.url)
-    assert code(ask(service, make_token(iss="x", aud="y", realm_access=None))) == LET_IN
-    assert code(ask(service, make_token(exp=int(time.time()) - 60))) == "unauthenticated"
+    assert code(look_up(service, make_token(iss="x", aud="y", realm_access=None))) == ACCEPTED
+    assert code(look_up(service, make_token(exp=int(time.time()) - 60))) == "unauthenticated"
 
 
-def test_a_malformed_request_is_told_so_before_who_sent_it(service: httpx.Client) -> None:
+def test_validation_errors_come_before_authentication_errors(service: httpx.Client) -> None:
     assert code(service.post("/payments/debit", json={"user_id": 1})) == "invalid_request"
     assert code(service.get("/payments/outcome?user_id=1")) == "invalid_request"
 
 
-def test_only_payments_need_a_token(service: httpx.Client) -> None:
+def test_only_payment_routes_require_a_token(service: httpx.Client) -> None:
     for path in ("/health", "/metrics", "/problems", "/docs", "/openapi.json"):
         assert service.get(path).status_code == 200
 
 
-def test_the_document_asks_for_the_token(service: httpx.Client, start_service: Start) -> None:
+def test_the_openapi_document_declares_the_bearer_token(
+    service: httpx.Client, start_service: Start
+) -> None:
     document = service.get("/openapi.json").json()
     assert document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            asked: object = [{"token": []}] if path.startswith("/payments/") else None
-            assert operation.get("security") == asked
-    open_to_all = start_service().get("/openapi.json").json()
-    assert "securitySchemes" not in open_to_all["components"]
+            expected: object = [{"token": []}] if path.startswith("/payments/") else None
+            assert operation.get("security") == expected
+    without_authentication = start_service().get("/openapi.json").json()
+    assert "securitySchemes" not in without_authentication["components"]
 
 
-def test_the_log_names_the_rules_that_are_missing(
+def test_the_log_warns_about_missing_token_rules(
     start_service: Start, issuer: Issuer, caplog: pytest.LogCaptureFixture
 ) -> None:
     start_service(auth_jwks_url=issuer.url)
-    told = [line.partition(" ")[0] for line in caplog.messages if "is not set" in line]
-    assert told == ["AUTH_REQUIRED_ROLE", "AUTH_AUDIENCE"]
+    settings = [line.partition(" ")[0] for line in caplog.messages if "is not set" in line]
+    assert settings == ["AUTH_REQUIRED_ROLE", "AUTH_AUDIENCE"]
 
 
-def test_the_log_warns_once_that_anybody_may_call(
+def test_the_log_warns_once_that_authentication_is_off(
     start_service: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = start_service()
@@ -332,10 +337,10 @@ def test_the_log_warns_once_that_anybody_may_call(
     assert len(warnings) == 1
 
 
-def test_a_token_that_was_accepted_ends_when_it_says(service: httpx.Client) -> None:
-    ends_at = int(time.time()) + 2
-    token = make_token(exp=ends_at - LEEWAY_SECONDS)
-    assert code(ask(service, token)) == LET_IN
-    time.sleep(ends_at - time.time())
-    answer = ask(service, token)
-    assert (answer.status_code, answer.json()["detail"]) == (401, "The token has expired")
+def test_an_accepted_token_expires_on_time(service: httpx.Client) -> None:
+    expires_at = int(time.time()) + 2
+    token = make_token(exp=expires_at - LEEWAY_SECONDS)
+    assert code(look_up(service, token)) == ACCEPTED
+    time.sleep(expires_at - time.time())
+    response = look_up(service, token)
+    assert (response.status_code, response.json()["detail"]) == (401, "The token has expired")

@@ -1,4 +1,4 @@
-"""A hand-made database is migrated correctly, or the migration stops and says what to do."""
+"""Existing databases are migrated correctly, or the migration stops and says what to do."""
 
 import os
 import re
@@ -68,7 +68,7 @@ grant usage on schema public to public;
 
 
 def make_database(port: int, shape: str | None) -> str:
-    """One database for all shapes, emptied before each: a new one takes longer than a test."""
+    """Empty the database of this module and fill it; creating a new database is slower."""
     url = database_url(port, database="shapes")
     try:
         with psycopg.connect(url, autocommit=True) as connection:
@@ -93,7 +93,7 @@ def state(connection: psycopg.Connection) -> list[object]:
 
 
 def assert_debits_work(url: str) -> None:
-    """Everything that the service relies on is there, and the books add up before and after."""
+    """Assert that the service's functions work, and that the audit passes before and after."""
     with psycopg.connect(url, autocommit=True) as connection:
         assert connection.execute("select * from public.audit_ledger()").fetchall() == []
         connection.execute("set role service_role")
@@ -133,7 +133,7 @@ def test_a_database_is_migrated_without_losing_a_row_or_changing_a_balance(
 
 
 @pytest.mark.parametrize("case", STOPPED.values(), ids=STOPPED.keys())
-def test_a_database_that_cannot_be_migrated_is_left_alone_and_the_fix_given_works(
+def test_a_database_that_cannot_be_migrated_is_unchanged_and_the_suggested_fix_works(
     postgres_port: int, case: tuple[str, ...]
 ) -> None:
     shape, *names = case
@@ -141,7 +141,7 @@ def test_a_database_that_cannot_be_migrated_is_left_alone_and_the_fix_given_work
     with psycopg.connect(url, autocommit=True) as connection:
         before = schema(connection)
         balances = balances_of(connection)
-        for _ in range(4):  # a fix may bring the next obstacle to light
+        for _ in range(4):  # a fix may reveal the next obstacle
             try:
                 apply_migrations(url)
                 break
@@ -159,7 +159,7 @@ def test_a_database_that_cannot_be_migrated_is_left_alone_and_the_fix_given_work
 
 
 def balances_of(connection: psycopg.Connection) -> object:
-    """Return names and balances in öre, or None where they are something else yet."""
+    """Return names and balances in öre, or None if the column has another type or unit."""
     types = connection.execute(
         "select format_type(atttypid, null) from pg_attribute where attname = 'balance' "
         "and attrelid = to_regclass('public.\"Users\"')"
@@ -174,7 +174,7 @@ def balances_of(connection: psycopg.Connection) -> object:
 
 
 def fixes(message: str) -> str:
-    """The statements that a message gives."""
+    """Return the statements that a message suggests."""
     lines = re.findall(r"^Fix: (.*;)$", message, re.MULTILINE)
     return " ".join(dict.fromkeys(lines))
 
@@ -190,7 +190,7 @@ def fixes(message: str) -> str:
         ("11-amounts-null", []),
     ],
 )
-def test_shapes_that_people_reported_are_migrated_or_the_message_says_how(
+def test_reported_databases_are_migrated_or_the_message_contains_the_fix(
     postgres_port: int, file: str, names: list[str]
 ) -> None:
     url = make_database(postgres_port, None)
@@ -206,7 +206,7 @@ def test_shapes_that_people_reported_are_migrated_or_the_message_says_how(
     assert_debits_work(url)
 
 
-def test_a_writer_of_an_entry_and_a_balance_is_rejected_and_told_what_to_call(
+def test_a_direct_insert_of_an_entry_is_rejected_with_the_function_to_call(
     postgres_port: int,
 ) -> None:
     url = make_database(postgres_port, None)
@@ -225,7 +225,7 @@ def test_a_writer_of_an_entry_and_a_balance_is_rejected_and_told_what_to_call(
         assert connection.execute("select * from public.audit_ledger()").fetchall() == []
 
 
-def test_the_audit_lists_what_others_open_after_the_migration(postgres_port: int) -> None:
+def test_the_audit_reports_access_opened_after_the_migration(postgres_port: int) -> None:
     url = make_database(postgres_port, None)
     apply_migrations(url)
     with psycopg.connect(url, autocommit=True) as connection:

@@ -1,4 +1,4 @@
-"""What the ledger holds by itself, whoever writes: chains, balances, and that nothing goes away."""
+"""Invariants that the database enforces for every writer: entries, balances and declines."""
 
 from collections.abc import Iterator
 from uuid import UUID, uuid4
@@ -20,7 +20,7 @@ def service_role(migrated_port: int) -> Iterator[psycopg.Connection]:
 
 
 @pytest.fixture(autouse=True)
-def _the_audit_stays_clean(database: Database) -> Iterator[None]:
+def _audit_finds_nothing(database: Database) -> Iterator[None]:
     yield
     assert database.audit() == []
 
@@ -48,7 +48,7 @@ def test_a_new_user_with_a_balance_gets_an_opening_entry(database: Database) -> 
     assert entries(database, database.add_user(0)) == []
 
 
-def test_a_balance_written_by_another_service_gets_an_adjustment(
+def test_a_balance_written_by_another_service_gets_an_adjustment_entry(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id = database.add_user(1000)
@@ -65,7 +65,7 @@ def test_a_balance_written_by_another_service_gets_an_adjustment(
     assert database.balance(user_id) == 800
 
 
-def test_one_statement_over_many_users_gets_an_entry_for_each(
+def test_an_update_of_many_users_writes_an_entry_for_each_user(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     users = [database.add_user(100), database.add_user(0), database.add_user(300)]
@@ -100,7 +100,7 @@ def insert_entry(connection: psycopg.Connection, user_id: int, **columns: object
         {"seq": 2, "balance_after": 1010, "created_at": "2000-01-01Z"},
     ],
 )
-def test_an_entry_that_does_not_continue_the_last_one_is_rejected(
+def test_an_entry_that_does_not_follow_the_last_entry_is_rejected(
     database: Database, columns: dict[str, object]
 ) -> None:
     user_id = database.add_user(1000)
@@ -110,7 +110,7 @@ def test_an_entry_that_does_not_continue_the_last_one_is_rejected(
     assert entries(database, user_id) == [("opening", 1000, 1000)]
 
 
-def test_service_role_may_not_insert_entries_or_declines(
+def test_service_role_cannot_insert_entries_or_declines(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id = database.add_user(1000)
@@ -126,10 +126,10 @@ def test_service_role_may_not_insert_entries_or_declines(
         )
 
 
-def test_the_clock_never_goes_back_within_a_user(
+def test_the_entry_times_of_a_user_never_decrease(
     service_role: psycopg.Connection, database: Database, migrated_port: int
 ) -> None:
-    """A debit that began first and waited is written after the other, with a later time."""
+    """A transaction that began earlier writes its entry later, with a later time."""
     user_id = database.add_user(1000)
     item_id = database.add_item(350)
     with psycopg.connect(database_url(migrated_port)) as early:
@@ -165,7 +165,7 @@ def test_a_balance_that_differs_from_the_last_entry_is_never_overwritten(
     assert database.balance(user_id) == 800
 
 
-def test_no_write_takes_a_balance_below_zero(
+def test_no_write_makes_a_balance_negative(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id = database.add_user(100)
@@ -177,7 +177,7 @@ def test_no_write_takes_a_balance_below_zero(
     assert database.balance(user_id) == 100
 
 
-def test_a_debt_from_older_days_may_only_shrink(
+def test_a_negative_balance_may_only_increase(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id = database.add_user(0)
@@ -209,15 +209,15 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("role", ["postgres", "service_role"])
-def test_entries_and_declines_are_never_changed_or_removed(
+def test_entries_and_declines_cannot_be_changed_or_deleted(
     migrated_port: int, database: Database, change: str, role: str
 ) -> None:
     user_id = database.add_user(100)
     decline(database, user_id, "a caller's key")
-    refusals = (psycopg.errors.RestrictViolation, psycopg.errors.InsufficientPrivilege)
+    expected_errors = (psycopg.errors.RestrictViolation, psycopg.errors.InsufficientPrivilege)
     with psycopg.connect(database_url(migrated_port), autocommit=True) as connection:
         connection.execute(f"set role {role}")
-        with pytest.raises(refusals):
+        with pytest.raises(expected_errors):
             connection.execute(change)
     assert entries(database, user_id) == [("opening", 100, 100)]
     assert declined_keys(database, user_id) == {"a caller's key"}
@@ -240,7 +240,7 @@ def declined_keys(database: Database, user_id: int) -> set[str]:
     return {row[0] for row in rows}
 
 
-def test_only_declines_under_generated_keys_are_removed_and_only_after_a_day(
+def test_only_declines_with_generated_keys_are_removed_after_a_day(
     migrated_port: int, database: Database
 ) -> None:
     user_id = database.add_user(0)
@@ -258,9 +258,9 @@ def test_only_declines_under_generated_keys_are_removed_and_only_after_a_day(
             for _ in range(3)
         ]
     assert removed == [(1,), (1,), (0,)]
-    gone = {str(attempts["25 hours"][0]), str(attempts["3 days"][0])}
-    assert declined_keys(database, user_id) == before - gone
-    for key in before - gone:
+    removed_keys = {str(attempts["25 hours"][0]), str(attempts["3 days"][0])}
+    assert declined_keys(database, user_id) == before - removed_keys
+    for key in before - removed_keys:
         with pytest.raises(psycopg.errors.RestrictViolation):
             database.connection.execute(
                 "delete from ledger.declines where user_id = %s and idempotency_key = %s",
@@ -268,7 +268,7 @@ def test_only_declines_under_generated_keys_are_removed_and_only_after_a_day(
             )
 
 
-def test_a_user_with_entries_can_not_be_deleted(database: Database) -> None:
+def test_a_user_with_entries_cannot_be_deleted(database: Database) -> None:
     user_id = database.add_user(100)
     with pytest.raises(psycopg.errors.ForeignKeyViolation):
         database.connection.execute('delete from public."Users" where card_id = %s', (user_id,))
@@ -282,7 +282,7 @@ def test_a_user_with_entries_can_not_be_deleted(database: Database) -> None:
         ({"kind": "credit", "idempotency_key": ""}, "transaction_history_idempotency_key_length"),
     ],
 )
-def test_an_entry_that_makes_no_sense_is_refused_by_name(
+def test_an_invalid_entry_violates_a_named_constraint(
     database: Database, columns: dict[str, object], constraint: str
 ) -> None:
     user_id = database.add_user(100)
@@ -293,7 +293,7 @@ def test_an_entry_that_makes_no_sense_is_refused_by_name(
     assert raised.value.diag.constraint_name == constraint
 
 
-def test_an_unknown_outcome_is_not_stored(database: Database) -> None:
+def test_a_decline_with_an_unknown_code_is_rejected(database: Database) -> None:
     with pytest.raises(psycopg.errors.CheckViolation, match="declines_outcome_known"):
         database.connection.execute(
             "insert into ledger.declines (user_id, idempotency_key, outcome) "
@@ -318,7 +318,7 @@ def test_a_key_has_at_most_one_entry(database: Database) -> None:
         ("set balance_after = 1", "the balance is not that of the last entry"),
     ],
 )
-def test_the_audit_finds_what_was_damaged(
+def test_the_audit_finds_damaged_entries(
     migrated_port: int, database: Database, damage: str, fault: str
 ) -> None:
     user_id = database.add_user(100)

@@ -1,4 +1,4 @@
-"""What docs/operations.md tells an operator to type into the database does what it says."""
+"""The SQL statements of docs/operations.md work as described there."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ KEY = "the-key"
 STATEMENTS = [
     statement.replace("1001", str(USER)).replace(
         "2002", str(NEW_CARD)
-    )  # the runbook's user may be there, with entries
+    )  # the runbook's user may already exist with entries
     for statement in re.findall(r"^ *```sql\n(.*?)^ *```", RUNBOOK, re.DOTALL | re.MULTILINE)
 ]
 LAST_ENTRIES = "kind, amount_delta, balance_after, item"
@@ -25,7 +25,7 @@ LAST_ENTRIES = "kind, amount_delta, balance_after, item"
 
 @pytest.fixture
 def ledger(database: Database) -> Iterator[Database]:
-    """A user with two debits, in a transaction that is taken back."""
+    """Provide a user with two debits, in a transaction that is rolled back."""
     with database.connection.transaction(force_rollback=True):
         database.add_user(1000, user_id=USER)
         for key in ("earlier", KEY):
@@ -36,15 +36,15 @@ def ledger(database: Database) -> Iterator[Database]:
 
 
 def run(ledger: Database, part: str) -> list[dict[str, object]]:
-    """Run the statement of the runbook that holds this part; its rows."""
-    (statement,) = [one for one in STATEMENTS if part in one]
+    """Run the statement of the runbook that contains this part; return its rows."""
+    (statement,) = [candidate for candidate in STATEMENTS if part in candidate]
     cursor = ledger.connection.execute(statement)
     names = [column.name for column in cursor.description or ()]
     return [dict(zip(names, row, strict=True)) for row in cursor] if names else []
 
 
 def tamper(ledger: Database, table: str, statement: str) -> None:
-    """Do what the triggers refuse, as whoever owns the tables can."""
+    """Execute a statement with the triggers disabled, as the owner of the tables can."""
     ledger.connection.execute(f'alter table public."{table}" disable trigger user')
     ledger.connection.execute(statement)
     ledger.connection.execute(f'alter table public."{table}" enable trigger user')
@@ -64,11 +64,11 @@ def faults(ledger: Database) -> list[str]:
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
-def test_a_statement_runs_as_it_stands(ledger: Database, statement: str) -> None:
+def test_a_statement_of_the_runbook_runs_unchanged(ledger: Database, statement: str) -> None:
     ledger.connection.execute(statement)
 
 
-def test_whether_somebody_was_charged_is_seen(ledger: Database) -> None:
+def test_the_runbook_shows_whether_a_user_was_charged(ledger: Database) -> None:
     (found,) = run(ledger, "find_payment")
     assert isinstance(found["find_payment"], dict)
     assert found["find_payment"]["outcome"] == "debited"
@@ -77,23 +77,23 @@ def test_whether_somebody_was_charged_is_seen(ledger: Database) -> None:
     assert [entry["idempotency_key"] for entry in entries] == [KEY, "earlier", None]
 
 
-def test_money_is_given_back_with_an_entry(ledger: Database) -> None:
+def test_a_refund_writes_an_entry(ledger: Database) -> None:
     run(ledger, "balance + 350")
     assert ledger.balance(USER) == 650
     assert run(ledger, LAST_ENTRIES)[0]["kind"] == "adjustment"
     assert faults(ledger) == []
 
 
-def test_the_missing_entry_is_found(ledger: Database) -> None:
-    which = f"user_id = {USER} and idempotency_key = 'earlier'"
-    delete = f'delete from public."Transaction_History" where {which}'
+def test_a_missing_entry_is_found(ledger: Database) -> None:
+    condition = f"user_id = {USER} and idempotency_key = 'earlier'"
+    delete = f'delete from public."Transaction_History" where {condition}'
     tamper(ledger, "Transaction_History", delete)
     assert faults(ledger) == ["an entry does not follow from the one before it"]
     (entry,) = run(ledger, "off_by <> 0")
     assert (entry["kind"], entry["off_by"]) == ("debit", -350)
 
 
-def test_a_balance_that_is_right_is_explained(ledger: Database) -> None:
+def test_a_correct_balance_gets_an_explaining_entry(ledger: Database) -> None:
     tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
     assert faults(ledger) == ["the balance is not that of the last entry"]
     run(ledger, "right_balance")
@@ -101,7 +101,7 @@ def test_a_balance_that_is_right_is_explained(ledger: Database) -> None:
     assert faults(ledger) == []
 
 
-def test_a_balance_without_any_entry_is_explained(ledger: Database) -> None:
+def test_a_balance_without_entries_gets_an_explaining_entry(ledger: Database) -> None:
     delete = f'delete from public."Transaction_History" where user_id = {USER}'
     tamper(ledger, "Transaction_History", delete)
     assert faults(ledger) == ["the balance is not that of the last entry"]
@@ -110,7 +110,7 @@ def test_a_balance_without_any_entry_is_explained(ledger: Database) -> None:
     assert faults(ledger) == []
 
 
-def test_a_wrong_balance_is_not_overwritten_and_set_to_that_of_the_entries(
+def test_a_wrong_balance_is_not_overwritten_and_is_reset_from_the_entries(
     ledger: Database,
 ) -> None:
     tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
@@ -129,7 +129,7 @@ def test_a_wrong_balance_is_not_overwritten_and_set_to_that_of_the_entries(
     assert faults(ledger) == []
 
 
-def test_an_erased_user_has_no_name_and_the_entries_stay(ledger: Database) -> None:
+def test_erasing_a_user_removes_the_name_and_keeps_the_entries(ledger: Database) -> None:
     run(ledger, "set name = ''")
     row = ledger.connection.execute(
         'select name, active from public."Users" where card_id = %s', (USER,)
@@ -139,7 +139,7 @@ def test_an_erased_user_has_no_name_and_the_entries_stay(ledger: Database) -> No
     assert faults(ledger) == []
 
 
-def test_a_lost_card_is_replaced_with_a_payout_and_a_credit_once(ledger: Database) -> None:
+def test_replacing_a_lost_card_writes_one_payout_and_one_credit(ledger: Database) -> None:
     for _ in range(2):
         run(ledger, "old_card constant")
         assert (ledger.balance(USER), ledger.balance(NEW_CARD)) == (0, 300)
@@ -155,8 +155,8 @@ def test_a_lost_card_is_replaced_with_a_payout_and_a_credit_once(ledger: Databas
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A user with 300, and what was lost: an item, a declined debit, a top-up, a charged debit."""
+class LostData:
+    """A user with 300, and operations that a restore lost: item, decline, top-up, debit."""
 
     database: Database
     user_id: int
@@ -177,9 +177,9 @@ class Lost:
 
 
 @pytest.fixture
-def lost(ledger: Database) -> Lost:
-    """The ledger as it was before all of it, which the backup holds."""
-    lost = Lost(ledger, ledger.add_user(300))
+def lost(ledger: Database) -> LostData:
+    """Return the state of the backup, before the lost operations."""
+    lost = LostData(ledger, ledger.add_user(300))
     with ledger.connection.transaction(force_rollback=True):
         item_id = lost.add_item()
         assert lost.debit(item_id, "declined") == "insufficient_funds"
@@ -190,31 +190,31 @@ def lost(ledger: Database) -> Lost:
     return lost
 
 
-def test_what_a_restore_lost_comes_back_in_the_order_of_the_runbook(lost: Lost) -> None:
+def test_lost_data_is_entered_again_in_the_order_of_the_runbook(lost: LostData) -> None:
     item_id = lost.add_item()
     lost.top_up()
     assert lost.debit(item_id, "charged") == "debited"
     assert lost.balance() == 450
-    assert lost.debit(item_id, "charged") == "debited"  # a caller that is not sure
+    assert lost.debit(item_id, "charged") == "debited"  # a retry
     assert lost.balance() == 450
     assert lost.database.audit() == []
 
 
-def test_after_a_restore_a_declined_debit_would_be_charged(lost: Lost) -> None:
+def test_a_lost_declined_debit_is_charged_after_a_restore(lost: LostData) -> None:
     item_id = lost.add_item()
     lost.top_up()
     assert lost.debit(item_id, "declined") == "debited"
 
 
-@pytest.mark.parametrize("forgotten", ["item_not_found", "insufficient_funds"])
-def test_after_a_restore_a_debit_that_comes_too_early_is_declined_for_good(
-    lost: Lost, forgotten: str
+@pytest.mark.parametrize("outcome", ["item_not_found", "insufficient_funds"])
+def test_a_debit_repeated_too_early_after_a_restore_stays_declined(
+    lost: LostData, outcome: str
 ) -> None:
-    item_id = uuid4() if forgotten == "item_not_found" else lost.add_item()
-    assert lost.debit(item_id, "charged") == forgotten
+    item_id = uuid4() if outcome == "item_not_found" else lost.add_item()
+    assert lost.debit(item_id, "charged") == outcome
     lost.top_up()
     lost.database.connection.execute(
         'insert into public."Items" (id, name, price) values (%s, %s, 350) on conflict do nothing',
         (item_id, "test"),
     )
-    assert lost.debit(item_id, "charged") == forgotten
+    assert lost.debit(item_id, "charged") == outcome

@@ -1,4 +1,4 @@
-"""What docs/scaling.md says holds: its statements run, and several services on one ledger agree."""
+"""The statements of docs/scaling.md work, and several services can use one ledger."""
 
 import os
 import re
@@ -29,7 +29,7 @@ DOCUMENT = Path(__file__).parents[3] / "docs" / "scaling.md"
 USER = 1
 OTHER_USER = 2
 POOR_USER = 3
-# The document's pieces of SQL, each by a part that only it has.
+# Each constant identifies a piece of SQL in the document.
 BY_USER = "partition by hash (user_id)"
 BY_TIME = "partition by range (created_at)"
 NEXT_YEAR = "create table ledger.history_2029 ("
@@ -49,15 +49,15 @@ where exists (select from public."Transaction_History" where user_id = card_id)
 
 
 def statements(part: str) -> str:
-    """Return the document's piece of SQL that holds a part."""
+    """Return the document's piece of SQL that contains a part."""
     pieces = re.findall(r"```sql\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     (found,) = [piece for piece in pieces if part in piece]
-    later = datetime.now(UTC).year - 2026  # the document's years pass, and this has to outlive them
+    later = datetime.now(UTC).year - 2026  # shift the document's years into the future
     return re.sub(r"20(?:28|29|30)", lambda year: str(int(year[0]) + later), found)
 
 
 class Ledger:
-    """A database of its own, with users, one without money, and an item."""
+    """A new database with two users, a user without money, and an item."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -68,7 +68,7 @@ class Ledger:
             self.database.add_user(1000, user_id=user_id)
         self.database.add_user(0, user_id=POOR_USER)
         self.item_id = self.database.add_item(10)
-        # Kept open, as PostgREST keeps its connections: what it has compiled has to go on.
+        # Kept open like PostgREST's connections: cached plans must stay valid.
         self.service.execute("set role service_role")
 
     def debit(self, key: str, user_id: int = USER) -> dict[str, object]:
@@ -80,16 +80,16 @@ class Ledger:
         return outcome
 
     def debit_batch(self, *users: int) -> list[str]:
-        wishes = [
+        debits = [
             {"user_id": user, "item_id": str(self.item_id), "idempotency_key": str(uuid4())}
             for user in users
         ]
-        row = self.service.execute("select public.debit_use_batch(%s)", (Jsonb(wishes),)).fetchone()
+        row = self.service.execute("select public.debit_use_batch(%s)", (Jsonb(debits),)).fetchone()
         assert row is not None
         return [outcome["outcome"] for outcome in row[0]]
 
     def spend(self, when: str) -> dict[tuple[str, int], dict[str, object]]:
-        """Write in every way, and often enough for Postgres to keep the plans of the session."""
+        """Write debits, batches and a top-up, often enough for Postgres to cache plans."""
         keys = [*((f"{when} {number}", USER) for number in range(8)), (f"{when} 9", POOR_USER)]
         outcomes = {key: self.debit(*key) for key in keys}
         assert [outcome["outcome"] for outcome in outcomes.values()] == [
@@ -104,8 +104,8 @@ class Ledger:
         assert self.database.audit() == []
         return outcomes
 
-    def enter(self, created_at: str) -> None:
-        """Write an entry of another time."""
+    def write_entry(self, created_at: str) -> None:
+        """Write an entry with another time."""
         self.owner.execute(
             'insert into public."Transaction_History" '
             "(user_id, seq, kind, amount_delta, balance_after, created_at) "
@@ -121,7 +121,7 @@ class Ledger:
         count: int = row[0]
         return count
 
-    def parts(self) -> list[str]:
+    def partitions(self) -> list[str]:
         rows = self.owner.execute(
             "select relid::regclass::text from pg_partition_tree('public.\"Transaction_History\"') "
             "where isleaf"
@@ -131,7 +131,7 @@ class Ledger:
 
 @pytest.fixture
 def new_database(postgres_port: int) -> Callable[[], str]:
-    """Make a migrated database without rows; returns its address."""
+    """Create migrated databases without rows; return their URLs."""
 
     def make() -> str:
         url = create_database(postgres_port, f"scaling_{uuid4().hex}")
@@ -153,9 +153,7 @@ both_ways = pytest.mark.parametrize("way", [BY_USER, BY_TIME], ids=["by user", "
 
 
 @both_ways
-def test_debits_go_on_and_keys_hold_after_the_ledger_is_partitioned(
-    ledger: Ledger, way: str
-) -> None:
+def test_debits_and_replays_work_after_the_ledger_is_partitioned(ledger: Ledger, way: str) -> None:
     before = ledger.spend("before")
     ledger.owner.execute(statements(way))
     outcomes = before | ledger.spend("after")
@@ -166,11 +164,11 @@ def test_debits_go_on_and_keys_hold_after_the_ledger_is_partitioned(
     assert ledger.database.balance(OTHER_USER) == 1000 - 2 * 8 * 10 + 2 * 500
     assert len(ledger.database.debits(USER)) == 2 * (8 + 16)
     assert ledger.database.audit() == []
-    assert len(ledger.parts()) > 1
+    assert len(ledger.partitions()) > 1
 
 
 @both_ways
-def test_a_key_can_not_be_written_twice_in_a_partitioned_ledger(ledger: Ledger, way: str) -> None:
+def test_a_key_cannot_be_written_twice_in_a_partitioned_ledger(ledger: Ledger, way: str) -> None:
     ledger.debit("once")
     ledger.owner.execute(statements(way))
     with pytest.raises(errors.UniqueViolation):
@@ -178,19 +176,17 @@ def test_a_key_can_not_be_written_twice_in_a_partitioned_ledger(ledger: Ledger, 
 
 
 @both_ways
-def test_no_part_of_a_partitioned_ledger_can_be_changed_or_read_by_others(
-    ledger: Ledger, way: str
-) -> None:
+def test_partitions_cannot_be_changed_or_read_by_other_roles(ledger: Ledger, way: str) -> None:
     ledger.debit("kept")
     ledger.owner.execute(statements(way))
-    for table in ('public."Transaction_History"', *ledger.parts()):
+    for table in ('public."Transaction_History"', *ledger.partitions()):
         for change in (f"delete from {table}", f"update {table} set user_id = 2"):
             with pytest.raises(errors.RestrictViolation):
                 ledger.owner.execute(change)
         with pytest.raises(errors.RestrictViolation):
             ledger.owner.execute(f"truncate {table}")
         others = ["anon", "authenticated"]
-        if table in ledger.parts():
+        if table in ledger.partitions():
             others.append("service_role")
         for role in others:
             ledger.service.execute(f"set role {role}")
@@ -198,33 +194,33 @@ def test_no_part_of_a_partitioned_ledger_can_be_changed_or_read_by_others(
                 ledger.service.execute(f"select from {table}")
 
 
-def test_a_ledger_partitioned_by_user_may_be_migrated_again(ledger: Ledger) -> None:
+def test_a_ledger_partitioned_by_user_can_be_migrated_again(ledger: Ledger) -> None:
     ledger.owner.execute(statements(BY_USER))
     apply_migrations(ledger.url)
     assert ledger.debit("after")["outcome"] == "debited"
     assert ledger.database.audit() == []
 
 
-def test_a_ledger_partitioned_by_time_gets_a_year_before_it_begins(ledger: Ledger) -> None:
+def test_a_partition_can_be_added_before_its_year_begins(ledger: Ledger) -> None:
     ledger.owner.execute(statements(BY_TIME))
     ledger.owner.execute(statements(NEXT_YEAR))
     year = datetime.now(UTC).year + 3
-    ledger.enter(f"{year}-01-01Z")
+    ledger.write_entry(f"{year}-01-01Z")
     assert ledger.entries(f"ledger.history_{year}") == 1
     assert ledger.entries("ledger.history_rest") == 0
     assert ledger.database.audit() == []
 
 
-def test_a_year_that_has_begun_becomes_a_partition_with_its_entries(ledger: Ledger) -> None:
+def test_a_partition_can_be_added_after_its_year_has_begun(ledger: Ledger) -> None:
     ledger.owner.execute(statements(BY_TIME))
     year = datetime.now(UTC).year + 3
-    ledger.enter(f"{year}-01-01Z")
+    ledger.write_entry(f"{year}-01-01Z")
     with pytest.raises(errors.CheckViolation):  # the default partition has an entry of that year
         ledger.owner.execute(statements(NEXT_YEAR))
 
     ledger.owner.execute(statements(LATE_YEAR))
-    ledger.enter(f"{year}-12-31Z")
-    ledger.enter(f"{year + 1}-01-01Z")
+    ledger.write_entry(f"{year}-12-31Z")
+    ledger.write_entry(f"{year + 1}-01-01Z")
     assert ledger.entries(f"ledger.history_{year}") == 2
     assert ledger.entries("ledger.history_rest") == 1
     for table in (f"ledger.history_{year}", "ledger.history_rest"):
@@ -233,20 +229,20 @@ def test_a_year_that_has_begun_becomes_a_partition_with_its_entries(ledger: Ledg
     ledger.spend("after")
 
 
-def test_what_there_is_may_be_checked_before_it_becomes_a_partition(ledger: Ledger) -> None:
+def test_existing_entries_can_be_validated_before_they_become_a_partition(ledger: Ledger) -> None:
     ledger.spend("before")
     ledger.owner.execute(statements(CHECK_BEFORE))
     ledger.spend("between")
     body, commit, rest = statements(BY_TIME).rpartition("commit;")
     ledger.owner.execute(body + statements(DROP_CHECK) + commit + rest)
     ledger.spend("after")
-    ledger.enter(f"{datetime.now(UTC).year + 2}-01-01Z")
+    ledger.write_entry(f"{datetime.now(UTC).year + 2}-01-01Z")
     assert ledger.database.audit() == []
 
 
 @pytest.fixture
 def replica(ledger: Ledger) -> Iterator[psycopg.Connection]:
-    """The ledger with a debit on a standby of its server, as the service's role."""
+    """Connect to a standby of the ledger's server with the role service_role, after a debit."""
     ledger.debit("known")
     row = ledger.owner.execute("show data_directory").fetchone()
     assert row is not None
@@ -277,7 +273,7 @@ def replica(ledger: Ledger) -> Iterator[psycopg.Connection]:
             yield connection
 
 
-def test_a_replica_answers_what_only_reads(replica: psycopg.Connection) -> None:
+def test_a_replica_executes_read_only_functions(replica: psycopg.Connection) -> None:
     found = replica.execute("select public.find_payment(%s, 'known')", (USER,)).fetchone()
     assert found is not None
     assert found[0]["outcome"] == "debited"
@@ -286,19 +282,19 @@ def test_a_replica_answers_what_only_reads(replica: psycopg.Connection) -> None:
 
 @pytest.mark.parametrize(
     ("begin", "code"),
-    # PostgREST begins a call of a volatile function with the first.
+    # PostgREST begins calls of volatile functions with `begin read write`.
     [("begin read write", "0A000"), ("begin", "25006")],
 )
-def test_a_replica_refuses_a_debit_with_a_code_that_means_not_done(
+def test_a_replica_rejects_a_debit_with_a_code_that_means_not_executed(
     ledger: Ledger, replica: psycopg.Connection, begin: str, code: str
 ) -> None:
-    with pytest.raises(psycopg.Error) as refused:
+    with pytest.raises(psycopg.Error) as rejected:
         replica.execute(f"{begin}; select public.debit_use({USER}, '{ledger.item_id}', 'refused')")
-    assert refused.value.sqlstate == code
+    assert rejected.value.sqlstate == code
     assert classify_failure(APIError({"code": code})) is LedgerUnavailable
 
 
-# What is copied of a user who moves to another database, and in which order.
+# The tables and columns to copy for users that move to another database, in order.
 MOVED = (
     ('public."Items"', "id, name, price, active", ""),
     ('public."Users"', "card_id, name, active", ""),
@@ -339,7 +335,7 @@ def test_users_move_to_another_database_with_their_keys_and_declines(
         assert database.audit() == []
 
 
-def test_two_services_charge_once_under_one_key(start_service: Start, database: Database) -> None:
+def test_two_services_charge_once_per_key(start_service: Start, database: Database) -> None:
     services = [start_service(), start_service()]
     user_id = database.add_user(5000)
     item_id = database.add_item(350)
@@ -349,10 +345,10 @@ def test_two_services_charge_once_under_one_key(start_service: Start, database: 
         return post_debit(services[number % 2], user_id, item_id, key)
 
     with ThreadPoolExecutor(16) as threads:
-        answers = list(threads.map(post, range(20)))
+        responses = list(threads.map(post, range(20)))
 
-    assert [answer.status_code for answer in answers] == [200] * 20
-    replayed = [answer.headers.get("Idempotent-Replayed") for answer in answers]
+    assert [response.status_code for response in responses] == [200] * 20
+    replayed = [response.headers.get("Idempotent-Replayed") for response in responses]
     assert replayed.count("true") == 10
-    assert len({answer.json()["transaction_id"] for answer in answers}) == 10
+    assert len({response.json()["transaction_id"] for response in responses}) == 10
     assert database.debits(user_id) == [350] * 10

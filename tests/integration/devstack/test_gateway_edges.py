@@ -1,4 +1,4 @@
-"""The gateway where the recorded core is silent: names that need quotes, clients that hang up."""
+"""Cases of the gateway without a recording: quoted names, clients that disconnect."""
 
 import socket
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from devstack.postgres import database_url
 DATABASE = "gateway_edges"
 TOKEN = jwt.encode({"role": "service_role", "exp": 4102444800}, JWT_SECRET, algorithm="HS256")
 
-# An owner who wants to watch a call holds the advisory lock 1, which `note_when_unlocked` takes.
+# The owner holds the advisory lock 1 to delay `note_when_unlocked`, which acquires it.
 SCHEMA_SQL = """
 create type public.shade as enum ('dark');
 create schema "My, Api";
@@ -36,7 +36,7 @@ grant insert on "My, Api".notes to service_role;
 
 @pytest.fixture(scope="module")
 def owner(postgres_port: int) -> Iterator[psycopg.Connection]:
-    """The owner of a schema whose name needs quotes, in a database of its own."""
+    """Connect as the owner of a schema whose name needs quotes, in a new database."""
     admin_url = database_url(postgres_port, role="supabase_admin")
     with psycopg.connect(admin_url, autocommit=True) as admin:
         admin.execute(f"create database {DATABASE}")
@@ -48,7 +48,7 @@ def owner(postgres_port: int) -> Iterator[psycopg.Connection]:
 
 @pytest.fixture(scope="module")
 def gateway(postgres_port: int, owner: psycopg.Connection) -> Iterator[httpx.Client]:
-    del owner  # its schema has to be there
+    del owner  # its schema must exist
     url = database_url(postgres_port, role="authenticator", database=DATABASE)
     app = create_gateway(url, JWT_SECRET, schema="My, Api", pool_size=4)
     headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -56,7 +56,7 @@ def gateway(postgres_port: int, owner: psycopg.Connection) -> Iterator[httpx.Cli
         yield client
 
 
-def test_the_search_path_is_the_schema_in_quotes_and_then_public(gateway: httpx.Client) -> None:
+def test_the_search_path_is_the_quoted_schema_and_public(gateway: httpx.Client) -> None:
     response = gateway.post("/rest/v1/rpc/show_search_path", json={})
     assert response.json() == '"My, Api", "public"'
 
@@ -66,7 +66,7 @@ def test_an_argument_may_have_a_type_of_the_schema_public(gateway: httpx.Client)
     assert (response.status_code, response.json()) == (200, "dark")
 
 
-def test_a_call_whose_client_hangs_up_runs_to_its_end_and_commits(
+def test_a_call_commits_although_its_client_disconnected(
     gateway: httpx.Client, owner: psycopg.Connection
 ) -> None:
     owner.execute("select pg_advisory_lock(1)")
@@ -77,7 +77,7 @@ def test_a_call_whose_client_hangs_up_runs_to_its_end_and_commits(
             b"Authorization: Bearer " + TOKEN.encode() + b"\r\nContent-Length: 2\r\n\r\n{}"
         )
         await_call_waiting_for_lock(owner)
-    # Another call gives the gateway the turn in which it sees that the first client has gone.
+    # During another call, the gateway notices that the first client has disconnected.
     assert gateway.post("/rest/v1/rpc/show_search_path", json={}).status_code == 200
     owner.execute("select pg_advisory_unlock(1)")
     owner.execute("select pg_advisory_lock(1)")  # granted when the call's transaction is over

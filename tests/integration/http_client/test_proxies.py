@@ -1,4 +1,4 @@
-"""Where only a proxy leads out, it is used; what is near is called directly."""
+"""Outgoing requests use the proxy of the environment, except to local hosts."""
 
 import socket
 from collections.abc import Callable
@@ -7,9 +7,9 @@ import httpx
 import pytest
 from client import post_debit
 from database import Database
-from issuer import LET_IN, ask, code, make_token
+from issuer import ACCEPTED, code, look_up, make_token
 from relay import Relay
-from servers import RawServer, SocketServer, http_answer
+from servers import RawServer, SocketServer, http_response
 
 from app.environment.variables import SettingsError
 from app.http_client.proxies import find_proxy
@@ -20,7 +20,7 @@ OUTSIDE = "supabase.example.org"
 
 
 class Proxy(Relay):
-    """An HTTP proxy that reaches one server, whatever the host's name."""
+    """An HTTP proxy that forwards every host to one server."""
 
     def __init__(self, target_url: str) -> None:
         super().__init__(target_url, self._relay)
@@ -29,11 +29,11 @@ class Proxy(Relay):
     def _relay(self, connection: socket.socket, request: bytes) -> None:
         url = request.split(b" ")[1].decode()
         self.hosts.append(httpx.URL(url).host)
-        connection.sendall(self.pass_on(request))
+        connection.sendall(self.forward(request))
 
 
 @pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_proxy_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
@@ -63,21 +63,21 @@ def test_the_issuers_keys_are_fetched_through_the_proxy(
         service = start_service(
             auth_jwks_url="http://login.example.org/certs", auth_plain_http_allowed=True
         )
-        assert code(ask(service, make_token())) == LET_IN
+        assert code(look_up(service, make_token())) == ACCEPTED
     assert proxy.hosts == ["login.example.org"]
 
 
-def test_a_proxy_that_does_not_connect_has_not_charged(
+def test_a_failed_proxy_connection_charges_nothing(
     start_service: Start, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user_id = database.add_user()
     item_id = database.add_item()
-    with RawServer(http_answer("403 Forbidden", b"no")) as proxy:
+    with RawServer(http_response("403 Forbidden", b"no")) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         service = start_service(supabase_url=f"https://{OUTSIDE}")
         assert code(post_debit(service, user_id, item_id)) == "ledger_unavailable"
     assert proxy.requests[0].startswith(f"CONNECT {OUTSIDE}:443 ".encode())
-    service = start_service(supabase_url=f"https://{OUTSIDE}")  # now it is down
+    service = start_service(supabase_url=f"https://{OUTSIDE}")  # now the proxy is down
     assert code(post_debit(service, user_id, item_id)) == "ledger_unavailable"
 
 
@@ -97,7 +97,7 @@ def test_a_proxy_that_does_not_connect_has_not_charged(
         ("10.1.2.3", "http://10.1.2.3:8001"),
     ],
 )
-def test_what_is_near_or_excepted_is_called_directly(
+def test_local_and_excluded_hosts_are_called_directly(
     monkeypatch: pytest.MonkeyPatch, no_proxy: str, address: str
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
@@ -111,7 +111,7 @@ def test_each_scheme_has_its_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_proxy("http://shop.example.org") is None
 
 
-def test_a_proxy_that_cannot_be_used_is_named_without_its_password(
+def test_an_unsupported_proxy_is_reported_without_its_password(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "socks5://user:secret@proxy:1080")

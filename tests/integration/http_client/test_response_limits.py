@@ -1,4 +1,4 @@
-"""Responses of dependencies without end, also compressed, cost neither memory nor time."""
+"""Endless or compressed responses of dependencies cost neither memory nor CPU time."""
 
 import gzip
 import json
@@ -17,21 +17,21 @@ import httpx
 import pytest
 from client import connect, post_debit
 from database import Database
-from issuer import LET_IN, ask, code, make_token, published
-from servers import RawServer, SocketServer, http_answer, service_process
+from issuer import ACCEPTED, code, look_up, make_token, published
+from servers import RawServer, SocketServer, http_response, service_process
 
 MEBIBYTE = 1024 * 1024
 START = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n"
 SPACES = b" " * 64 * 1024
 CHUNK = b"%x\r\n%s\r\n" % (len(SPACES), SPACES)
 
-SOME = ("a body", "compressed twice")
+SOME_RESPONSES = ("a body", "compressed twice")
 
 Parts = Iterable[bytes]
 
 
 def compressed(times: int) -> Parts:
-    """Write a response that is decoded to 200 MiB."""
+    """Yield a response whose body is 200 MiB after decompression."""
     body = b" " * 200 * MEBIBYTE
     for _ in range(times):
         body = gzip.compress(body)
@@ -48,18 +48,20 @@ RESPONSES: dict[str, Callable[[], Parts]] = {
     "headers": lambda: chain([START], repeat(b"X-Header: " + b"x" * 1024 + b"\r\n")),
     "one header": lambda: chain([START, b"X-Header: "], repeat(SPACES.replace(b" ", b"x"))),
 }
-some_responses = pytest.mark.parametrize("response", [RESPONSES[name] for name in SOME], ids=SOME)
+some_responses = pytest.mark.parametrize(
+    "stream", [RESPONSES[name] for name in SOME_RESPONSES], ids=SOME_RESPONSES
+)
 BODY = {"user_id": 1, "item_id": "00000000-0000-4000-8000-000000000007"}
 
 
 class Flood(SocketServer):
-    """Sends a response that nobody should read to its end, after the given ones; counts calls."""
+    """A server that sends the `first` responses and then an endless response; counts calls."""
 
-    def __init__(self, response: Callable[[], Parts], *first: bytes) -> None:
+    def __init__(self, stream: Callable[[], Parts], *first: bytes) -> None:
         super().__init__(self._flood)
         self.calls = 0
         self._first = iter(first)
-        self._parts = response()
+        self._parts = stream()
 
     def _flood(self, connection: socket.socket, request: bytes) -> None:
         del request
@@ -74,7 +76,7 @@ class Flood(SocketServer):
 
 
 def memory_mebibytes(process_id: int) -> float:
-    """Return the most memory that a process has used."""
+    """Return the peak memory of a process."""
     status = Path(f"/proc/{process_id}/status").read_text()
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert peak is not None
@@ -82,17 +84,17 @@ def memory_mebibytes(process_id: int) -> float:
 
 
 def processor_seconds(process_id: int) -> float:
-    """Return how long a process has computed, which a busy machine does not change."""
+    """Return the CPU time of a process, which does not depend on the load of the machine."""
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[11]) + int(fields[12])  # utime and stime
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
-def flat(process_id: int, url: str) -> Iterator[None]:
-    """Check that a process takes no memory or time to speak of, and responds to others."""
+def bounded_cost(process_id: int, url: str) -> Iterator[None]:
+    """Assert that a process uses little memory and CPU time, and still responds to probes."""
     before = memory_mebibytes(process_id)
-    computed_before = processor_seconds(process_id)
+    cpu_before = processor_seconds(process_id)
     with connect(url) as client, ThreadPoolExecutor(1) as prober:
         is_over = False
 
@@ -110,53 +112,53 @@ def flat(process_id: int, url: str) -> Iterator[None]:
         finally:
             is_over = True
         assert probing.result() > 1
-    computed_seconds = processor_seconds(process_id) - computed_before
-    assert computed_seconds < 0.5  # a decoded bomb takes 3.6
+    cpu_seconds = processor_seconds(process_id) - cpu_before
+    assert cpu_seconds < 0.5  # decompressing the body takes 3.6 s
     assert memory_mebibytes(process_id) - before < 30
 
 
-@pytest.mark.parametrize("response", RESPONSES.values(), ids=RESPONSES.keys())
-def test_an_item_without_end_is_not_read_into_memory(
-    gateway_url: str, response: Callable[[], Parts]
+@pytest.mark.parametrize("stream", RESPONSES.values(), ids=RESPONSES.keys())
+def test_an_endless_item_response_is_not_read_into_memory(
+    gateway_url: str, stream: Callable[[], Parts]
 ) -> None:
     with (
-        Flood(response) as products,
+        Flood(stream) as products,
         service_process(gateway_url, products.url) as (process, url),
-        flat(process.pid, url),
+        bounded_cost(process.pid, url),
     ):
-        answer = httpx.post(f"{url}/payments/debit", json=BODY, timeout=10)
-        assert (answer.status_code, code(answer)) == (503, "products_unavailable")
+        response = httpx.post(f"{url}/payments/debit", json=BODY, timeout=10)
+        assert (response.status_code, code(response)) == (503, "products_unavailable")
         assert products.calls == 1
 
 
 @some_responses
-def test_keys_without_end_are_not_read_into_memory(
-    gateway_url: str, products_url: str, response: Callable[[], Parts]
+def test_an_endless_key_response_is_not_read_into_memory(
+    gateway_url: str, products_url: str, stream: Callable[[], Parts]
 ) -> None:
     keys = json.dumps({"keys": [published("first", "RS256")]}).encode()
     with (
-        Flood(response, http_answer("200 OK", keys)) as issuer,
+        Flood(stream, http_response("200 OK", keys)) as issuer,
         service_process(gateway_url, products_url, AUTH_JWKS_URL=issuer.url) as (process, url),
-        flat(process.pid, url),
+        bounded_cost(process.pid, url),
         connect(url, timeout=10) as service,
     ):
-        assert code(ask(service, make_token("second"))) == "authentication_unavailable"
-        assert code(ask(service, make_token())) == LET_IN
+        assert code(look_up(service, make_token("second"))) == "authentication_unavailable"
+        assert code(look_up(service, make_token())) == ACCEPTED
 
 
 @some_responses
-def test_a_ledgers_response_without_end_is_not_read_into_memory(
-    response: Callable[[], Parts],
+def test_an_endless_ledger_response_is_not_read_into_memory(
+    stream: Callable[[], Parts],
 ) -> None:
     item = f'{{"id": "{BODY["item_id"]}", "price": 350, "active": true}}'.encode()
     with (
-        Flood(response, http_answer("200 OK", b'{"outcome": "ready"}')) as gateway,
-        RawServer(http_answer("200 OK", item)) as products,
+        Flood(stream, http_response("200 OK", b'{"outcome": "ready"}')) as gateway,
+        RawServer(http_response("200 OK", item)) as products,
         service_process(gateway.url, products.url, REQUEST_TIMEOUT_SECONDS="1") as (process, url),
-        flat(process.pid, url),
+        bounded_cost(process.pid, url),
     ):
-        answer = httpx.post(f"{url}/payments/debit", json=BODY, timeout=10)
-        assert (answer.status_code, code(answer)) == (504, "outcome_unknown")
+        response = httpx.post(f"{url}/payments/debit", json=BODY, timeout=10)
+        assert (response.status_code, code(response)) == (504, "outcome_unknown")
         assert gateway.calls > 1
 
 

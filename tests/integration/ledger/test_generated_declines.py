@@ -1,4 +1,4 @@
-"""Declines of debits without a key: stored for a day, then removed by the service."""
+"""Declines with generated keys: stored for a day, then removed by the service."""
 
 import asyncio
 
@@ -39,7 +39,7 @@ async def remove_all(gateway_url: str) -> str:
         return ledger.last_state
 
 
-def test_the_decline_of_a_debit_without_a_key_is_stored_under_a_generated_one(
+def test_the_decline_of_a_debit_without_a_key_is_stored_under_a_generated_key(
     service: httpx.Client, database: Database
 ) -> None:
     user_id = database.add_user(balance=0)
@@ -55,7 +55,7 @@ def test_the_decline_of_a_debit_without_a_key_is_stored_under_a_generated_one(
     assert rows == [(True,), (False,)]
 
 
-def test_the_service_removes_all_that_are_older_than_a_day(
+def test_the_service_removes_generated_declines_older_than_a_day(
     gateway_url: str, database: Database
 ) -> None:
     user_id = database.add_user(balance=0)
@@ -70,6 +70,6 @@ def test_the_service_removes_all_that_are_older_than_a_day(
     assert count_declines(database, user_id) == REMOVED_ROWS_MAX + 500
 
 
-def test_a_database_that_fails_ends_the_removal(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_ledger_failure_stops_the_removal(caplog: pytest.LogCaptureFixture) -> None:
     assert asyncio.run(remove_all("http://127.0.0.1:1")) == "ledger_unavailable"
     assert "remove_generated_declines: ledger_unavailable" in caplog.text

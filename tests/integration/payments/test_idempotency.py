@@ -1,4 +1,4 @@
-"""One key, one outcome, for good: what callers see of it over HTTP."""
+"""Idempotency keys over HTTP: one key has one outcome."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -6,33 +6,33 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from client import ask_outcome, post_debit
+from client import get_outcome, post_debit
 from database import Database
 from servers import RawServer
 
 Start = Callable[..., httpx.Client]
 
 
-def assert_replay(first: httpx.Response, again: httpx.Response) -> None:
+def assert_replay(first: httpx.Response, replay: httpx.Response) -> None:
     assert "idempotent-replayed" not in first.headers
-    assert again.headers["idempotent-replayed"] == "true"
-    assert again.status_code == first.status_code
-    assert again.headers["content-type"] == first.headers["content-type"]
+    assert replay.headers["idempotent-replayed"] == "true"
+    assert replay.status_code == first.status_code
+    assert replay.headers["content-type"] == first.headers["content-type"]
     without = {"request_id"}
-    assert {k: v for k, v in again.json().items() if k not in without} == {
+    assert {k: v for k, v in replay.json().items() if k not in without} == {
         k: v for k, v in first.json().items() if k not in without
     }
 
 
-def test_a_retry_gets_the_first_answer_and_is_not_charged(
+def test_a_retry_returns_the_first_response_and_is_not_charged(
     service: httpx.Client, database: Database
 ) -> None:
     user_id = database.add_user()
     item_id = database.add_item()
     first = post_debit(service, user_id, item_id, "key")
-    again = post_debit(service, user_id, item_id, "key")
-    assert_replay(first, again)
-    assert first.content == again.content
+    replay = post_debit(service, user_id, item_id, "key")
+    assert_replay(first, replay)
+    assert first.content == replay.content
     assert database.debits(user_id) == [350]
 
 
@@ -46,7 +46,7 @@ def test_a_key_is_the_same_with_and_without_quotes(
     assert database.debits(user_id) == [350]
 
 
-def test_without_a_key_each_request_is_a_debit_of_its_own(
+def test_without_a_key_each_request_is_a_new_debit(
     service: httpx.Client, database: Database
 ) -> None:
     user_id = database.add_user()
@@ -60,7 +60,7 @@ BAD_KEYS = ["", '""', '"', '"half', 'half"', 'in"side', "with space", "x" * 256,
 
 
 @pytest.mark.parametrize("key", BAD_KEYS)
-def test_a_key_that_is_none_is_refused(service: httpx.Client, database: Database, key: str) -> None:
+def test_an_invalid_key_is_rejected(service: httpx.Client, database: Database, key: str) -> None:
     user_id = database.add_user()
     item_id = database.add_item()
     response = service.post(
@@ -73,7 +73,7 @@ def test_a_key_that_is_none_is_refused(service: httpx.Client, database: Database
     assert database.debits(user_id) == []
 
 
-def test_two_keys_in_one_request_are_refused(service: httpx.Client, database: Database) -> None:
+def test_two_keys_in_one_request_are_rejected(service: httpx.Client, database: Database) -> None:
     user_id = database.add_user()
     item_id = database.add_item()
     response = service.post(
@@ -85,13 +85,13 @@ def test_two_keys_in_one_request_are_refused(service: httpx.Client, database: Da
 
 
 @pytest.mark.parametrize("key", ["x", "x" * 255, '"' + "x" * 255 + '"', "!#$%&'()*+,-./:;<=>?@~"])
-def test_every_allowed_key_is_taken(service: httpx.Client, database: Database, key: str) -> None:
+def test_every_valid_key_is_accepted(service: httpx.Client, database: Database, key: str) -> None:
     user_id = database.add_user()
     item_id = database.add_item()
     assert_replay(*(post_debit(service, user_id, item_id, key) for _ in range(2)))
 
 
-def test_every_decline_is_replayed_although_it_would_go_through_now(
+def test_a_decline_is_replayed_after_its_reason_is_gone(
     service: httpx.Client, database: Database
 ) -> None:
     execute = database.connection.execute
@@ -111,20 +111,20 @@ def test_every_decline_is_replayed_although_it_would_go_through_now(
     execute('update public."Users" set balance = 9999 where card_id = %s', (poor,))
     execute('update public."Users" set active = true where card_id = %s', (inactive,))
     execute('update public."Items" set price = 300 where id = %s', (item_id,))
-    agains = post_all()
+    replays = post_all()
 
     assert [first.json()["code"] for first in firsts] == [
         "insufficient_funds",
         "user_inactive",
         "price_changed",
     ]
-    for first, again in zip(firsts, agains, strict=True):
-        assert_replay(first, again)
-    assert agains[2].json()["price"] == 350
+    for first, replay in zip(firsts, replays, strict=True):
+        assert_replay(first, replay)
+    assert replays[2].json()["price"] == 350
     assert database.debits(poor) == database.debits(inactive) == database.debits(user_id) == []
 
 
-def test_an_unknown_user_is_not_remembered(service: httpx.Client, database: Database) -> None:
+def test_user_not_found_is_not_stored(service: httpx.Client, database: Database) -> None:
     item_id = database.add_item()
     user_id = uuid4().int >> 70
     assert post_debit(service, user_id, item_id, "key").status_code == 404
@@ -132,7 +132,7 @@ def test_an_unknown_user_is_not_remembered(service: httpx.Client, database: Data
     assert post_debit(service, user_id, item_id, "key").status_code == 200
 
 
-def test_a_refusal_of_the_products_service_is_not_remembered(
+def test_item_inactive_of_the_products_service_is_not_stored(
     service: httpx.Client, database: Database
 ) -> None:
     user_id = database.add_user()
@@ -142,7 +142,7 @@ def test_a_refusal_of_the_products_service_is_not_remembered(
     assert post_debit(service, user_id, item_id, "key").status_code == 200
 
 
-def test_a_key_used_for_something_else_is_refused(
+def test_a_key_reused_for_another_debit_is_rejected(
     service: httpx.Client, database: Database
 ) -> None:
     user_id = database.add_user()
@@ -157,7 +157,7 @@ def test_a_key_used_for_something_else_is_refused(
     assert database.debits(user_id) == [350]
 
 
-def test_a_retry_is_answered_when_the_item_is_gone(
+def test_a_retry_is_replayed_when_the_item_is_gone(
     service: httpx.Client, start_service: Start, database: Database
 ) -> None:
     user_id = database.add_user()
@@ -174,7 +174,7 @@ def test_a_retry_is_answered_when_the_item_is_gone(
     assert other.json()["code"] == "item_inactive"
 
 
-def test_a_retry_is_answered_when_the_products_service_is_down(
+def test_a_retry_is_replayed_when_the_products_service_is_down(
     service: httpx.Client, start_service: Start, database: Database
 ) -> None:
     user_id = database.add_user()
@@ -190,7 +190,7 @@ def test_a_retry_is_answered_when_the_products_service_is_down(
     assert database.debits(user_id) == [350]
 
 
-def test_a_retry_is_not_refused_when_it_can_not_be_looked_up(
+def test_a_retry_returns_ledger_unavailable_when_it_cannot_be_looked_up(
     start_service: Start, database: Database
 ) -> None:
     nothing = start_service(
@@ -206,16 +206,16 @@ def test_concurrent_requests_with_one_key_charge_once_and_agree(
     user_id = database.add_user()
     item_id = database.add_item()
     with ThreadPoolExecutor(16) as clients:
-        answers = list(
+        responses = list(
             clients.map(lambda _: post_debit(service, user_id, item_id, "key"), range(32))
         )
-    assert {answer.status_code for answer in answers} == {200}
-    assert len({answer.content for answer in answers}) == 1
-    assert sum("idempotent-replayed" not in answer.headers for answer in answers) == 1
+    assert {response.status_code for response in responses} == {200}
+    assert len({response.content for response in responses}) == 1
+    assert sum("idempotent-replayed" not in response.headers for response in responses) == 1
     assert database.debits(user_id) == [350]
 
 
-def test_the_outcome_route_tells_what_the_debit_answered(
+def test_the_outcome_route_returns_the_outcome_of_the_debit(
     service: httpx.Client, database: Database
 ) -> None:
     user_id = database.add_user()
@@ -224,9 +224,9 @@ def test_the_outcome_route_tells_what_the_debit_answered(
     paid = post_debit(service, user_id, item_id, "key")
     post_debit(service, poor, item_id, "key")
 
-    found = ask_outcome(service, user_id, "key")
-    declined = ask_outcome(service, poor, '"key"')
-    nothing = ask_outcome(service, user_id, "other")
+    found = get_outcome(service, user_id, "key")
+    declined = get_outcome(service, poor, '"key"')
+    nothing = get_outcome(service, user_id, "other")
 
     assert (found.status_code, found.content) == (200, paid.content)
     assert (declined.status_code, declined.json()) == (200, {"outcome": "insufficient_funds"})
@@ -246,7 +246,7 @@ def test_the_outcome_route_tells_what_the_debit_answered(
         ("user_id=1&idempotency_key=a%20b", "idempotency_key"),
     ],
 )
-def test_a_bad_question_is_refused_and_its_fault_named(
+def test_an_invalid_lookup_is_rejected_with_the_parameter_name(
     service: httpx.Client, query: str, parameter: str
 ) -> None:
     response = service.get(f"/payments/outcome?{query}")
@@ -254,10 +254,10 @@ def test_a_bad_question_is_refused_and_its_fault_named(
     assert [fault["parameter"] for fault in response.json()["errors"]] == [parameter]
 
 
-def test_an_outcome_that_can_not_be_looked_up_is_not_made_up(start_service: Start) -> None:
+def test_a_lookup_returns_ledger_unavailable_when_the_ledger_fails(start_service: Start) -> None:
     service = start_service(supabase_url="http://127.0.0.1:1")
-    response = ask_outcome(service, 1, "key")
+    response = get_outcome(service, 1, "key")
     assert (response.status_code, response.json()["code"]) == (503, "ledger_unavailable")
     with RawServer(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}") as gateway:
         service = start_service(supabase_url=gateway.url)
-        assert ask_outcome(service, 1, "key").json()["code"] == "ledger_unavailable"
+        assert get_outcome(service, 1, "key").json()["code"] == "ledger_unavailable"

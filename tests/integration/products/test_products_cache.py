@@ -1,4 +1,4 @@
-"""The products service is asked once in a while, and its last response outlives it."""
+"""The cache of items: lifetime, shared calls, and use during an outage."""
 
 import threading
 import time
@@ -10,38 +10,38 @@ import httpx
 import pytest
 from client import code_of, post_debit
 from database import Database
-from servers import SocketServer, await_true, http_answer
+from servers import SocketServer, await_true, http_response
 from timing import assert_below, repeated_if_too_slow
 
 Start = Callable[..., httpx.Client]
 
 
 class Items(SocketServer):
-    """A products service that knows every item, counts its calls and can go down."""
+    """A products service that has every item, counts its calls, and can fail."""
 
     def __init__(self, *, active: bool = True) -> None:
-        super().__init__(self._tell)
+        super().__init__(self._respond)
         self.calls = 0
         self.is_up = True
         self.is_active = active
-        self.may_answer = threading.Event()
-        self.may_answer.set()
+        self.may_respond = threading.Event()
+        self.may_respond.set()
 
-    def _tell(self, connection: object, request: bytes) -> None:
+    def _respond(self, connection: object, request: bytes) -> None:
         self.calls += 1
-        self.may_answer.wait(30)
+        self.may_respond.wait(30)
         item_id = request.split(b" ")[1].rsplit(b"/", 1)[1].decode()
         active = "true" if self.is_active else "false"
         body = f'{{"id": "{item_id}", "price": 350, "active": {active}}}'
-        answer = http_answer("200 OK", body.encode()) if self.is_up else b""
-        connection.sendall(answer)  # type: ignore[attr-defined]  # a socket
+        response = http_response("200 OK", body.encode()) if self.is_up else b""
+        connection.sendall(response)  # type: ignore[attr-defined]  # a socket
 
 
 def debit(service: httpx.Client, user_id: int, item_id: UUID) -> str:
     return code_of(post_debit(service, user_id, item_id))
 
 
-def test_an_answer_is_used_again_for_a_while(start_service: Start, database: Database) -> None:
+def test_a_response_is_cached(start_service: Start, database: Database) -> None:
     user_id = database.add_user()
     item_id = database.add_item()
     other = database.add_item()
@@ -53,9 +53,7 @@ def test_an_answer_is_used_again_for_a_while(start_service: Start, database: Dat
         assert items.calls == 2
 
 
-def test_an_answer_is_asked_for_again_when_it_is_old(
-    start_service: Start, database: Database
-) -> None:
+def test_an_expired_response_is_fetched_again(start_service: Start, database: Database) -> None:
     user_id = database.add_user()
     item_id = database.add_item()
     with Items() as items:
@@ -64,21 +62,21 @@ def test_an_answer_is_asked_for_again_when_it_is_old(
             assert debit(service, user_id, item_id) in ("debited", "insufficient_funds")
             if items.calls > 1:
                 return
-    raise AssertionError("it was asked for once only")
+    raise AssertionError("the item was fetched only once")
 
 
-def test_requests_for_one_item_at_a_time_share_one_call(
+def test_concurrent_requests_for_one_item_share_one_call(
     start_service: Start, database: Database
 ) -> None:
     users = [database.add_user() for _ in range(8)]
     item_id = database.add_item()
     with Items() as items, ThreadPoolExecutor(8) as clients:
         service = start_service(products_service_url=items.url)
-        items.may_answer.clear()
-        answers = [clients.submit(debit, service, user_id, item_id) for user_id in users]
+        items.may_respond.clear()
+        responses = [clients.submit(debit, service, user_id, item_id) for user_id in users]
         await_true(lambda: items.calls)
-        items.may_answer.set()
-        assert [answer.result() for answer in answers] == ["debited"] * 8
+        items.may_respond.set()
+        assert [response.result() for response in responses] == ["debited"] * 8
         assert items.calls == 1
 
 
@@ -99,7 +97,7 @@ def test_the_last_response_is_used_when_the_products_service_fails(
 
 @pytest.mark.alone
 @repeated_if_too_slow
-def test_a_debit_of_a_known_item_does_not_wait_for_a_silent_products_service(
+def test_a_debit_of_a_cached_item_does_not_wait_for_a_silent_products_service(
     start_service: Start, database: Database
 ) -> None:
     users = [database.add_user() for _ in range(20)]
@@ -107,17 +105,17 @@ def test_a_debit_of_a_known_item_does_not_wait_for_a_silent_products_service(
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=0.001)
         assert debit(service, users[0], item_id) == "debited"
-        items.may_answer.clear()
+        items.may_respond.clear()
         started = time.monotonic()
         assert [debit(service, user_id, item_id) for user_id in users] == ["debited"] * 20
         took_seconds = time.monotonic() - started
         assert items.calls <= 2
-        items.may_answer.set()
+        items.may_respond.set()
     assert_below(took_seconds, 20 * 0.1)
 
 
 @pytest.mark.alone
-def test_a_failure_is_remembered_for_a_second(start_service: Start, database: Database) -> None:
+def test_a_failure_is_cached_for_a_second(start_service: Start, database: Database) -> None:
     user_id = database.add_user()
     item_id = database.add_item()
     with Items() as items:
@@ -131,7 +129,7 @@ def test_a_failure_is_remembered_for_a_second(start_service: Start, database: Da
         await_true(lambda: debit(service, user_id, item_id) == "debited")
 
 
-def test_the_ledger_still_refuses_what_a_kept_answer_lets_through(
+def test_the_ledger_declines_an_inactive_item_despite_a_cached_response(
     start_service: Start, database: Database
 ) -> None:
     user_id = database.add_user()

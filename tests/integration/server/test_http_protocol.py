@@ -1,4 +1,4 @@
-"""What a connection may send: offers of other protocols are ignored, everything has a limit."""
+"""The HTTP protocol: upgrades are ignored, malformed requests rejected, everything has a limit."""
 
 import json
 import resource
@@ -16,13 +16,13 @@ import httpx
 import pytest
 from database import Database, locked
 from programs import find_program, unavailable
-from servers import await_true, measured, service_process
+from servers import await_true, service_process, with_coverage
 
 from app.server.protocol import CONNECTIONS_MAX
 from app.server.protocol import RESERVED_CONNECTIONS_MAX as RESERVED
 
 H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n"
-OFFERS = {
+UPGRADES = {
     "h2c": H2C,
     "an unknown protocol": b"Connection: keep-alive, Upgrade\r\nUpgrade: quic/9, irc\r\n",
     "WebSocket": b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
@@ -44,7 +44,7 @@ class Process(NamedTuple):
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
     def await_logged(self, request_id: str) -> dict[str, Any]:
-        """Return the line of a request, which is written after its response."""
+        """Return the log line of a request, which is written after its response."""
 
         def find() -> list[dict[str, Any]]:
             whole_lines = self.log.read_text().rpartition("\n")[0].splitlines()
@@ -56,7 +56,7 @@ class Process(NamedTuple):
         return line
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     status: int
     headers: dict[str, str]
     body: bytes
@@ -74,21 +74,21 @@ def process(
     log = tmp_path_factory.mktemp("log") / "log"
     with (
         log.open("wb") as file,
-        service_process(gateway_url, products_url, log=file, **measured()) as (_, url),  # type: ignore[arg-type]  # texts
+        service_process(gateway_url, products_url, log=file, **with_coverage()) as (_, url),  # type: ignore[arg-type]  # texts
     ):
         yield Process(url, httpx.URL(url).port or 0, log)
 
 
 @pytest.fixture
 def body(database: Database) -> bytes:
-    """A debit of a new user with 1000 for an item at 350."""
+    """Return the body of a debit: a new user with 1000, an item at 350."""
     user_id = database.add_user(balance=1000)
     item_id = database.add_item(price=350)
     return json.dumps({"user_id": user_id, "item_id": str(item_id)}).encode()
 
 
 def debit(body: bytes, headers: bytes = b"", *, chunked: bool = False) -> tuple[bytes, bytes]:
-    """Write the head and the body of a debit."""
+    """Return the head and the body of a debit request."""
     framing = b"Content-Length: %d\r\n" % len(body)
     if chunked:
         framing = b"Transfer-Encoding: chunked\r\n"
@@ -97,7 +97,7 @@ def debit(body: bytes, headers: bytes = b"", *, chunked: bool = False) -> tuple[
     return start + headers + framing + b"\r\n", body
 
 
-def read_answer(connection: socket.socket) -> Answer:
+def read_response(connection: socket.socket) -> Response:
     with connection.makefile("rb", buffering=0) as stream:
         lines = [stream.readline()]
         while lines[-1] not in (b"\r\n", b""):
@@ -111,44 +111,44 @@ def read_answer(connection: socket.socket) -> Answer:
             part = stream.read(length - len(content))
             assert part, "the connection ended within the body"
             content += part
-    return Answer(status, headers, content)
+    return Response(status, headers, content)
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
-@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS.keys())
-def test_a_debit_that_offers_another_protocol_is_charged_over_http_1_1(
-    process: Process, body: bytes, offer: bytes, chunked: bool
+@pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES.keys())
+def test_an_upgrade_request_is_ignored_and_the_debit_is_charged(
+    process: Process, body: bytes, upgrade: bytes, chunked: bool
 ) -> None:
-    head, content = debit(body, offer, chunked=chunked)
+    head, content = debit(body, upgrade, chunked=chunked)
     with process.connect() as connection:
         connection.sendall(head + content)
-        answers = [read_answer(connection)]
-        if answers[0].status == 100:
-            answers.append(read_answer(connection))
-        assert (answers[-1].status, json.loads(answers[-1].body)["new_balance"]) == (200, 650)
-        connection.sendall(b"".join(debit(body)))  # the connection is still of use
-        assert json.loads(read_answer(connection).body)["new_balance"] == 300
+        responses = [read_response(connection)]
+        if responses[0].status == 100:
+            responses.append(read_response(connection))
+        assert (responses[-1].status, json.loads(responses[-1].body)["new_balance"]) == (200, 650)
+        connection.sendall(b"".join(debit(body)))  # the connection is still usable
+        assert json.loads(read_response(connection).body)["new_balance"] == 300
 
 
-def test_an_offer_that_arrives_byte_by_byte_is_ignored_too(process: Process, body: bytes) -> None:
+def test_an_upgrade_request_sent_byte_by_byte_is_ignored(process: Process, body: bytes) -> None:
     head, content = debit(body, H2C)
     with process.connect() as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for byte in head + content:
             connection.sendall(bytes([byte]))
-        assert read_answer(connection).status == 200
+        assert read_response(connection).status == 200
 
 
-def test_an_offer_with_100_continue_asks_for_the_body(process: Process, body: bytes) -> None:
-    head, content = debit(body, OFFERS["h2c and 100-continue"])
+def test_an_upgrade_request_with_expect_gets_100_continue(process: Process, body: bytes) -> None:
+    head, content = debit(body, UPGRADES["h2c and 100-continue"])
     with process.connect() as connection:
         connection.sendall(head)
-        assert read_answer(connection).status == 100
+        assert read_response(connection).status == 100
         connection.sendall(content)
-        assert read_answer(connection).status == 200
+        assert read_response(connection).status == 200
 
 
-def test_curl_with_http2_is_charged(process: Process, body: bytes) -> None:
+def test_a_debit_from_curl_with_http2_is_charged(process: Process, body: bytes) -> None:
     command = [find_program("curl"), "-sS", "--http2", "-w", "%{http_code}", "-d", body.decode()]
     done = subprocess.run(
         [*command, "-H", "Content-Type: application/json", f"{process.url}/payments/debit"],
@@ -159,7 +159,7 @@ def test_curl_with_http2_is_charged(process: Process, body: bytes) -> None:
     assert done.stdout.endswith(b"200")
 
 
-def test_javas_own_client_with_its_defaults_is_charged(process: Process, body: bytes) -> None:
+def test_a_debit_from_the_java_http_client_is_charged(process: Process, body: bytes) -> None:
     java = find_program("java")
     modules = subprocess.run([java, "--list-modules"], capture_output=True, check=True).stdout
     if b"jdk.compiler" not in modules:
@@ -177,8 +177,8 @@ def test_a_websocket_handshake_is_an_ordinary_request_and_its_query_is_not_logge
     query = f"?user_id=123456789&idempotency_key={key}"
     head = f"GET {path}{query} HTTP/1.1\r\nHost: x\r\nX-Request-ID: {key[4:]}\r\n".encode()
     with process.connect() as connection:
-        connection.sendall(head + OFFERS["WebSocket"] + b"Sec-WebSocket-Key: YQ==\r\n\r\n")
-        assert read_answer(connection).code in ("payment_not_found", "not_found")
+        connection.sendall(head + UPGRADES["WebSocket"] + b"Sec-WebSocket-Key: YQ==\r\n\r\n")
+        assert read_response(connection).code in ("payment_not_found", "not_found")
     line = process.await_logged(request_id=key[4:])
     assert (line["method"], line["status"]) == ("GET", 404)
     assert key not in process.log.read_text()
@@ -186,7 +186,7 @@ def test_a_websocket_handshake_is_an_ordinary_request_and_its_query_is_not_logge
 
 
 MALFORMED = {
-    "no HTTP": b"hello\r\n\r\n",
+    "not HTTP": b"hello\r\n\r\n",
     "a TLS handshake": bytes.fromhex("160301020001000001fc0303") + b"\0" * 50,
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "CONNECT": b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n",
@@ -194,56 +194,57 @@ MALFORMED = {
     b"Content-Length: 2\r\n\r\n",
     "length and chunks": b"POST /payments/debit HTTP/1.1\r\nContent-Length: 1\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n",
-    "no chunk": b"POST /payments/debit HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+    "an invalid chunk": b"POST /payments/debit HTTP/1.1\r\n"
+    b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n",
     "a space in a name": b"GET /health HTTP/1.1\r\nBad Name: x\r\n\r\n",
-    "a path of other letters": "GET /hälsa HTTP/1.1\r\n\r\n".encode(),
+    "a path with non-ASCII letters": "GET /hälsa HTTP/1.1\r\n\r\n".encode(),
 }
 
 
 @pytest.mark.parametrize("sent", MALFORMED.values(), ids=MALFORMED.keys())
-def test_what_is_not_http_1_1_is_a_problem_that_is_logged_and_counted(
+def test_a_malformed_request_returns_a_problem_and_is_logged_and_counted(
     process: Process, sent: bytes
 ) -> None:
     with process.connect() as connection:
         connection.sendall(sent)
-        answer = read_answer(connection)
-        assert (answer.status, answer.code) == (400, "malformed_request")
-        assert answer.headers["connection"] == "close"
-        request_id = answer.headers["x-request-id"]
-        assert request_id == json.loads(answer.body)["request_id"]
+        response = read_response(connection)
+        assert (response.status, response.code) == (400, "malformed_request")
+        assert response.headers["connection"] == "close"
+        request_id = response.headers["x-request-id"]
+        assert request_id == json.loads(response.body)["request_id"]
     assert process.await_logged(request_id=request_id)["code"] == "malformed_request"
     assert 'route="unmatched",status="400"' in httpx.get(f"{process.url}/metrics").text
 
 
-def test_a_fault_after_good_requests_is_answered_after_them(process: Process) -> None:
+def test_a_malformed_pipelined_request_is_rejected_after_the_valid_ones(process: Process) -> None:
     with process.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * 2 + b"nonsense\r\n\r\n")
-        assert [read_answer(connection).status for _ in range(3)] == [200, 200, 400]
+        assert [read_response(connection).status for _ in range(3)] == [200, 200, 400]
         assert connection.recv(1) == b""
 
 
 @pytest.mark.parametrize(
     "line", [b"GET /%b HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nX: %b\r\n"], ids=["path", "header"]
 )
-def test_headers_up_to_64_kib_are_read_and_larger_ones_are_refused(
+def test_headers_up_to_64_kib_are_accepted_and_larger_headers_are_rejected(
     process: Process, line: bytes
 ) -> None:
     for size, statuses in ((HEAD_BYTES_MAX - 100, (200, 404)), (HEAD_BYTES_MAX + 1, (431,))):
         with process.connect() as connection:
             connection.sendall(line % (b"x" * size) + b"\r\n")
-            answer = read_answer(connection)
-            assert answer.status in statuses
-            if answer.status == 431:
-                assert answer.code == "headers_too_large"
+            response = read_response(connection)
+            assert response.status in statuses
+            if response.status == 431:
+                assert response.code == "headers_too_large"
 
 
-def test_headers_without_an_end_are_refused(process: Process) -> None:
+def test_endless_headers_are_rejected(process: Process) -> None:
     with process.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n" + b"X: %b\r\n" % (b"x" * 90) * 2000)
-        assert read_answer(connection).code == "headers_too_large"
+        assert read_response(connection).code == "headers_too_large"
 
 
-def test_each_wait_for_a_caller_ends_after_ten_seconds(process: Process, body: bytes) -> None:
+def test_slow_clients_time_out_after_ten_seconds(process: Process, body: bytes) -> None:
     head, content = debit(body)
     started = time.monotonic()
     silent, half_head, half_body, idle_then_half = (process.connect() for _ in range(4))
@@ -251,53 +252,53 @@ def test_each_wait_for_a_caller_ends_after_ten_seconds(process: Process, body: b
         half_head.sendall(head[:30])
         half_body.sendall(head + content[:20])
         idle_then_half.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-        assert read_answer(idle_then_half).status == 200
+        assert read_response(idle_then_half).status == 200
         idle_then_half.sendall(head[:30])
         for connection in (half_head, half_body, idle_then_half):
-            answer = read_answer(connection)
-            assert (answer.status, answer.code) == (408, "request_timeout")
-            assert answer.headers["connection"] == "close"
+            response = read_response(connection)
+            assert (response.status, response.code) == (408, "request_timeout")
+            assert response.headers["connection"] == "close"
         assert silent.recv(1) == b""
     assert 9 < time.monotonic() - started < 13
 
 
-def test_sigterm_waits_for_slow_callers_no_longer_than_their_deadlines(
+def test_sigterm_waits_for_slow_clients_no_longer_than_their_timeouts(
     gateway_url: str, products_url: str, body: bytes, tmp_path: Path
 ) -> None:
     head, content = debit(body)
     with (
         (tmp_path / "log").open("wb") as log,
-        service_process(gateway_url, products_url, log=log, **measured()) as (service, url),  # type: ignore[arg-type]  # texts
-        socket.socket() as deaf,
+        service_process(gateway_url, products_url, log=log, **with_coverage()) as (service, url),  # type: ignore[arg-type]  # texts
+        socket.socket() as not_reading,
         socket.socket() as half_body,
     ):
         address = ("127.0.0.1", httpx.URL(url).port or 0)
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        deaf.connect(address)
-        deaf.sendall(b"GET /docs/assets/redoc.standalone.js HTTP/1.1\r\n\r\n" * 8)
+        not_reading.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        not_reading.connect(address)
+        not_reading.sendall(b"GET /docs/assets/redoc.standalone.js HTTP/1.1\r\n\r\n" * 8)
         half_body.connect(address)
         half_body.sendall(head + content[:20])
         httpx.get(f"{url}/health")
         started = time.monotonic()
         service.send_signal(signal.SIGTERM)
-        assert read_answer(half_body).status == 408
+        assert read_response(half_body).status == 408
         service.wait(30)
         assert time.monotonic() - started < 16
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert [line for line in lines if line["level"] == "error" or "exception" in line] == []
 
 
-def test_pipelined_requests_are_answered_in_their_order(process: Process) -> None:
+def test_pipelined_responses_keep_the_order_of_the_requests(process: Process) -> None:
     with process.connect() as connection:
         paths = [b"/health", b"/nowhere", b"/problems/overloaded"] * 20
         connection.sendall(b"".join(b"GET %b HTTP/1.1\r\n\r\n" % path for path in paths))
-        assert [read_answer(connection).status for _ in paths] == [200, 404, 200] * 20
+        assert [read_response(connection).status for _ in paths] == [200, 404, 200] * 20
 
 
 def test_pipelined_debits_keep_their_bodies(process: Process, body: bytes) -> None:
     with process.connect() as connection:
         connection.sendall(b"".join(debit(body, H2C) + debit(body, chunked=True)))
-        balances = [json.loads(read_answer(connection).body)["new_balance"] for _ in range(2)]
+        balances = [json.loads(read_response(connection).body)["new_balance"] for _ in range(2)]
     assert balances == [650, 300]
 
 
@@ -308,17 +309,17 @@ def test_reading_pauses_while_pipelined_requests_wait(
     with process.connect() as connection:
         with locked(migrated_port, json.loads(body)["user_id"]):
             connection.sendall(b"".join(debit(body)))
-            sent = connection_takes(connection, request * 10_000)
+            sent = send_until_blocked(connection, request * 10_000)
         assert sent < 16 * 1024 * 1024
         whole, rest = divmod(sent, len(request))
         if rest:
             connection.sendall(request[rest:])
             whole += 1
-        assert [read_answer(connection).status for _ in range(100)] == [200] * 100
+        assert [read_response(connection).status for _ in range(100)] == [200] * 100
 
 
-def connection_takes(connection: socket.socket, data: bytes) -> int:
-    """Send until nothing is taken for half a second; return how many bytes were taken."""
+def send_until_blocked(connection: socket.socket, data: bytes) -> int:
+    """Send until the receiver accepts nothing for half a second; return the bytes sent."""
     connection.settimeout(0.5)
     sent = 0
     try:
@@ -341,15 +342,15 @@ def test_a_full_service_responds_to_probes_only(process: Process, body: bytes) -
             stack.enter_context(process.connect())
         with process.connect() as probe:
             probe.sendall(b"GET /health HTTP/1.1\r\n\r\n")
-            answer = read_answer(probe)
-            assert (answer.status, answer.headers["connection"]) == (200, "close")
-        with process.connect() as caller:
-            caller.sendall(b"".join(debit(body)))
-            answer = read_answer(caller)
-            assert (answer.status, answer.code) == (503, "overloaded")
+            response = read_response(probe)
+            assert (response.status, response.headers["connection"]) == (200, "close")
+        with process.connect() as client:
+            client.sendall(b"".join(debit(body)))
+            response = read_response(client)
+            assert (response.status, response.code) == (503, "overloaded")
         silent = [stack.enter_context(process.connect()) for _ in range(RESERVED)]
         with process.connect() as excess:
             assert excess.recv(1) == b""
-        assert [one.recv(1) for one in silent] == [b""] * RESERVED
+        assert [connection.recv(1) for connection in silent] == [b""] * RESERVED
         assert httpx.get(f"{process.url}/ready").status_code == 200
     await_true(lambda: httpx.get(f"{process.url}/problems").status_code == 200)

@@ -1,4 +1,4 @@
-"""The log of the service as a process: one line of JSON a request, and nothing secret in it."""
+"""The log of the service process: one JSON line per request, without secrets."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import httpx
 import pytest
 from database import Database
 from issuer import Issuer, make_token
-from servers import RawServer, measured, service_process
+from servers import RawServer, service_process, with_coverage
 
 from devstack.keys import SERVICE_ROLE_KEY
 
@@ -41,14 +41,14 @@ except RuntimeError:
 
 @pytest.fixture
 def logged(gateway_url: str, products_url: str, tmp_path: Path) -> Callable[..., Any]:
-    """Run the service, do something with it, stop it with SIGTERM, and return what it logged."""
+    """Return a function that runs the service, uses it, stops it, and returns its log."""
 
     def run(use: Callable[[httpx.Client], object], **settings: str) -> str:
         path = tmp_path / "log"
         addresses = {"supabase_url": gateway_url, "products_service_url": products_url}
         with (
             path.open("wb") as log,
-            service_process(**(addresses | measured() | settings), log=log) as (process, url),  # type: ignore[arg-type]  # all are texts
+            service_process(**(addresses | with_coverage() | settings), log=log) as (process, url),  # type: ignore[arg-type]  # all are texts
         ):
             with httpx.Client(base_url=url) as client:
                 use(client)
@@ -64,7 +64,7 @@ def lines_of_requests(log: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "request" and line["route"] != "/ready"]
 
 
-def test_a_request_is_one_line_that_tells_what_became_of_it(
+def test_a_request_is_logged_in_one_line_with_its_outcome(
     logged: Callable[..., str], database: Database
 ) -> None:
     body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
@@ -91,12 +91,10 @@ def test_a_request_is_one_line_that_tells_what_became_of_it(
     assert (replay["code"], replay["replayed"]) == ("debited", True)
 
 
-def test_refusals_failures_and_what_is_not_served_are_told_by_their_code(
-    logged: Callable[..., str], database: Database
-) -> None:
+def test_errors_are_logged_with_their_code(logged: Callable[..., str], database: Database) -> None:
     user_id = database.add_user()
 
-    def ask(client: httpx.Client) -> None:
+    def send_requests(client: httpx.Client) -> None:
         client.post("/payments/debit", json={"user_id": user_id})
         body = {"user_id": user_id, "item_id": "00000000-0000-4000-8000-00000000dead"}
         client.post("/payments/debit", json=body)
@@ -105,11 +103,11 @@ def test_refusals_failures_and_what_is_not_served_are_told_by_their_code(
         client.get("/docs/assets/no-such-file")
         client.get("/wp-admin")
 
-    told = [
+    logged_requests = [
         (line["route"], line["method"], line["status"], line["code"])
-        for line in lines_of_requests(logged(ask))
+        for line in lines_of_requests(logged(send_requests))
     ]
-    assert told == [
+    assert logged_requests == [
         ("/payments/debit", "POST", 422, "invalid_request"),
         ("/payments/debit", "POST", 404, "item_not_found"),
         ("/payments/debit", "GET", 405, "method_not_allowed"),
@@ -119,14 +117,14 @@ def test_refusals_failures_and_what_is_not_served_are_told_by_their_code(
     ]
 
 
-def test_every_line_is_json_from_the_first_to_the_last(logged: Callable[..., str]) -> None:
+def test_every_log_line_is_json(logged: Callable[..., str]) -> None:
     events = [json.loads(line)["event"] for line in logged(lambda _: None).splitlines()]
     assert "authentication is off" in events[0]
     assert "ready" in events
     assert events[-1] == "stopped"
 
 
-def test_a_failure_of_a_dependency_is_told_with_the_request_that_met_it(
+def test_a_dependency_failure_is_logged_with_its_request_id(
     logged: Callable[..., str], database: Database
 ) -> None:
     body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
@@ -157,7 +155,7 @@ def test_keys_and_tokens_are_never_logged(logged: Callable[..., str], database: 
         "OTEL_EXPORTER_OTLP_HEADERS": f"not as it should be: {secrets[2]}",
     }
 
-    def ask(client: httpx.Client) -> None:
+    def send_requests(client: httpx.Client) -> None:
         for token in tokens:
             headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets[0]}
             client.post("/payments/debit", json=body, headers=headers)
@@ -166,7 +164,7 @@ def test_keys_and_tokens_are_never_logged(logged: Callable[..., str], database: 
             client.get(f"/no-such-path/{token}", params={"token": token})
 
     with Issuer() as issuer:
-        log = logged(ask, AUTH_JWKS_URL=issuer.url, LOG_LEVEL="DEBUG", **collector)
+        log = logged(send_requests, AUTH_JWKS_URL=issuer.url, LOG_LEVEL="DEBUG", **collector)
     assert len(lines_of_requests(log)) == 3 * len(tokens)
     assert {line["code"] for line in lines_of_requests(log)} == {
         "debited",
@@ -179,7 +177,7 @@ def test_keys_and_tokens_are_never_logged(logged: Callable[..., str], database: 
         assert secret.rpartition(".")[2] not in log
 
 
-def test_a_terminal_gets_lines_for_people(gateway_url: str, products_url: str) -> None:
+def test_a_terminal_gets_readable_lines(gateway_url: str, products_url: str) -> None:
     reader, terminal = os.openpty()
     with service_process(gateway_url, products_url, log=terminal) as (process, url):
         httpx.get(f"{url}/health")
@@ -191,7 +189,7 @@ def test_a_terminal_gets_lines_for_people(gateway_url: str, products_url: str) -
         while received := os.read(reader, 65536):
             text += received
     except OSError:
-        pass  # what Linux says when the other end of a terminal is closed
+        pass  # Linux reports an error when the other end of a terminal is closed
     os.close(reader)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).splitlines()
     (line,) = [line for line in lines if "route=/health" in line]
@@ -210,7 +208,7 @@ def test_a_traceback_at_a_terminal_shows_no_variables() -> None:
     assert b"a-key-of-the-caller" not in text
 
 
-def test_wrong_settings_are_told_in_plain_text(tmp_path: Path) -> None:
+def test_invalid_settings_are_reported_in_plain_text(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "uvicorn", "app.main:app", "--log-level", "warning"],
         env={"PATH": os.environ["PATH"], "AUTH_ISSUER": "x", "PYTHONPATH": os.getcwd()},

@@ -1,4 +1,4 @@
-"""What /metrics shows after a run, of a process that nobody else uses."""
+"""The metrics of a service process that only one test uses."""
 
 import socket
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from client import ask_outcome, connect, post_debit
+from client import connect, get_outcome, post_debit
 from database import Database, locked
 from prometheus_client.parser import text_string_to_metric_families
 from servers import RawServer, await_true, service_process
@@ -39,11 +39,11 @@ def service(gateway_url: str, products_url: str) -> Iterator[httpx.Client]:
 
 def read(service: httpx.Client) -> Samples:
     """Read all samples, by name and label values."""
-    answer = service.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
+    response = service.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain; version=")
     return {
         (sample.name, *sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(answer.text)
+        for family in text_string_to_metric_families(response.text)
         for sample in family.samples
     }
 
@@ -52,7 +52,7 @@ def debit(service: httpx.Client, user_id: int, item_id: object, key: str | None 
     return post_debit(service, user_id, item_id, key).status_code
 
 
-def test_debits_are_counted_by_outcome_with_their_amount_and_replays_apart(
+def test_debits_are_counted_by_outcome_with_their_amount_and_replays_separately(
     service: httpx.Client, database: Database
 ) -> None:
     user_id = database.add_user(balance=1000)
@@ -72,7 +72,7 @@ def test_debits_are_counted_by_outcome_with_their_amount_and_replays_apart(
     assert samples["payment_replays_total", "insufficient_funds"] == 1
 
 
-def test_outcomes_and_failures_are_there_from_the_start(service: httpx.Client) -> None:
+def test_outcome_and_failure_series_exist_from_the_start(service: httpx.Client) -> None:
     samples = read(service)
     for code in ("debited", *(problem.code for problem in DEBIT_PROBLEMS)):
         assert samples["payment_debits_total", code] == 0
@@ -86,7 +86,7 @@ def test_outcomes_and_failures_are_there_from_the_start(service: httpx.Client) -
     assert samples[calls, "products", "get_item", "products_unavailable"] == 0
 
 
-def test_a_caller_who_hangs_up_before_the_request_is_whole_is_no_fault_of_the_service(
+def test_a_client_that_disconnects_during_its_request_is_counted_as_499(
     service: httpx.Client,
 ) -> None:
     address = (service.base_url.host, service.base_url.port)
@@ -107,7 +107,7 @@ def test_requests_are_counted_by_route_method_and_status(service: httpx.Client) 
     assert samples[name, "GET", "/problems/{code}", "404"] == 1
 
 
-def test_no_label_grows_with_users_items_paths_or_methods(
+def test_the_number_of_series_does_not_grow_with_users_items_paths_or_methods(
     service: httpx.Client, database: Database
 ) -> None:
     def use(number: int) -> None:
@@ -137,7 +137,7 @@ def test_calls_to_the_dependencies_are_counted_by_outcome(
     item_id = database.add_item()
     debit(service, user_id, item_id, "a")
     debit(service, user_id, "00000000-0000-4000-8000-00000000dead")
-    ask_outcome(service, user_id, "a")
+    get_outcome(service, user_id, "a")
     samples = read(service)
     name = "payment_dependency_call_duration_seconds_count"
     assert samples[name, "ledger", "debit_use", "ok"] >= 1
@@ -146,7 +146,7 @@ def test_calls_to_the_dependencies_are_counted_by_outcome(
     assert samples[name, "products", "get_item", "item_not_found"] == 1
 
 
-def test_a_failing_dependency_shows_what_its_calls_came_to(
+def test_calls_to_a_failing_dependency_are_counted_by_code(
     gateway_url: str, database: Database
 ) -> None:
     with RawServer(b"") as products, running(gateway_url, products.url) as service:
@@ -157,7 +157,7 @@ def test_a_failing_dependency_shows_what_its_calls_came_to(
     assert samples["payment_debits_total", "products_unavailable"] == 1
 
 
-def test_batches_lanes_and_what_is_under_way_are_shown(
+def test_batches_lanes_and_waiting_debits_are_measured(
     service: httpx.Client, database: Database
 ) -> None:
     users = [database.add_user() for _ in range(60)]
@@ -174,7 +174,7 @@ def test_batches_lanes_and_what_is_under_way_are_shown(
     assert samples["payment_debits_waiting_max",] == 1000
 
 
-def test_what_waits_and_what_is_refused_is_shown_while_the_ledger_is_stuck(
+def test_waiting_and_rejected_debits_are_measured_while_the_ledger_is_blocked(
     gateway_url: str, products_url: str, database: Database, migrated_port: int
 ) -> None:
     users = [database.add_user() for _ in range(12)]
@@ -183,19 +183,19 @@ def test_what_waits_and_what_is_refused_is_shown_while_the_ledger_is_stuck(
         debit(service, users[0], item_id)
         with ThreadPoolExecutor(5) as pool:
             with locked(migrated_port, users[1]):
-                stuck = [pool.submit(debit, service, users[1], item_id) for _ in range(5)]
+                waiting = [pool.submit(debit, service, users[1], item_id) for _ in range(5)]
                 await_true(lambda: read(service)["payment_debits_waiting",] == 5)
                 lane = str(users[1] % 2)
-                # One is with the ledger.
+                # One debit is in a call to the ledger.
                 await_true(lambda: read(service)["payment_lane_depth", lane] == 4)
                 assert debit(service, users[2], item_id) == 503
                 samples = read(service)
-            assert {one.result() for one in stuck} == {200}
+            assert {future.result() for future in waiting} == {200}
     assert samples["payment_debits_total", "overloaded"] == 1
     assert samples["payment_lane_depth", lane] == 4
 
 
-def test_it_tells_what_runs_and_whether_it_is_ready(service: httpx.Client) -> None:
+def test_metrics_show_version_readiness_and_memory(service: httpx.Client) -> None:
     samples = read(service)
     (build,) = [name for name in samples if name[0] == "payment_build_info"]
     assert __version__ in build

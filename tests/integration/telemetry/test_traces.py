@@ -1,4 +1,4 @@
-"""Traces, as a real receiver of OTLP gets them from the service as a process."""
+"""Traces of the service process, received by an OTLP collector."""
 
 import socket
 import threading
@@ -11,18 +11,18 @@ from uuid import uuid4
 
 import httpx
 import pytest
-from client import ask_outcome, connect, post_debit
-from database import Database, refusing
+from client import connect, get_outcome, post_debit
+from database import Database, rejecting
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from servers import (
     SocketServer,
     await_true,
     free_port,
-    http_answer,
-    measured,
+    http_response,
     served,
     service_process,
+    with_coverage,
 )
 from starlette.types import ASGIApp, Receive, Scope, Send
 from timing import assert_below, repeated_if_too_slow
@@ -37,25 +37,28 @@ CALLERS_SPAN = "b7ad6b7169203331"
 
 
 class Collector(SocketServer):
-    """Takes spans as OpenTelemetry's exporter sends them: protobuf over HTTP."""
+    """Receive spans from OpenTelemetry's exporter: protobuf over HTTP."""
 
     def __init__(self) -> None:
-        super().__init__(self._take)
+        super().__init__(self._receive)
         self.spans: list[Span] = []
         self.services: set[str] = set()
 
-    def _take(self, connection: socket.socket, request: bytes) -> None:
+    def _receive(self, connection: socket.socket, request: bytes) -> None:
         assert request.startswith(b"POST /v1/traces ")
         body = request.partition(b"\r\n\r\n")[2]
         for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
-            names = {one.key: one.value.string_value for one in resource.resource.attributes}
+            names = {
+                attribute.key: attribute.value.string_value
+                for attribute in resource.resource.attributes
+            }
             self.services.add(names["service.name"])
             for scope in resource.scope_spans:
                 self.spans += scope.spans
-        connection.sendall(http_answer("200 OK", b"", "application/x-protobuf"))
+        connection.sendall(http_response("200 OK", b"", "application/x-protobuf"))
 
     def await_spans(self, route: str, count: int) -> list[Span]:
-        """Wait for the spans of so many requests; their calls' have come with or before them."""
+        """Wait for the spans of a number of requests; those of their calls do not arrive later."""
         await_true(lambda: len(self._found(route)) >= count)
         return self._found(route)
 
@@ -63,8 +66,8 @@ class Collector(SocketServer):
         return [span for span in self.spans if span.name == route]
 
 
-class Watched:
-    """An application before which the trace context of each call is written down."""
+class TracedApplication:
+    """Wrap an application and record the trace context of each call."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -78,24 +81,27 @@ class Watched:
 
 
 @contextmanager
-def traced(postgres_port: int, collector_url: str) -> Iterator[tuple[httpx.Client, Watched]]:
-    """Run the service with its spans sent to the collector, on dependencies that are watched."""
+def traced(
+    postgres_port: int, collector_url: str
+) -> Iterator[tuple[httpx.Client, TracedApplication]]:
+    """Run the service with a collector and with dependencies that record trace contexts."""
     gateway_url = database_url(postgres_port, role="authenticator")
-    watched = Watched(create_gateway(gateway_url, JWT_SECRET))
-    products = Watched(create_products(database_url(postgres_port)))
-    products.traceparents = watched.traceparents
+    traced_gateway = TracedApplication(create_gateway(gateway_url, JWT_SECRET))
+    products = TracedApplication(create_products(database_url(postgres_port)))
+    products.traceparents = traced_gateway.traceparents
     settings = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector_url,
         "OTEL_BSP_SCHEDULE_DELAY": "50",
         "DEBIT_BATCH_SIZE_MAX": "64",
+        **with_coverage(),
     }
     with (
-        served(watched) as supabase_url,
+        served(traced_gateway) as supabase_url,
         served(products) as products_url,
-        service_process(supabase_url, products_url, **measured(), **settings) as (process, url),  # type: ignore[arg-type]  # texts
+        service_process(supabase_url, products_url, **settings) as (process, url),  # type: ignore[arg-type]  # texts
         connect(url) as client,
     ):
-        yield client, watched
+        yield client, traced_gateway
         process.terminate()
         assert process.wait(30) in (0, -15)
 
@@ -106,25 +112,26 @@ def test_a_debit_is_one_trace_from_the_caller_to_both_dependencies(
     user_id = database.add_user()
     item_id = str(database.add_item())
     headers = {"traceparent": f"00-{TRACE_ID}-{CALLERS_SPAN}-01"}
-    with Collector() as collector, traced(migrated_port, collector.url) as (service, watched):
+    with (
+        Collector() as collector,
+        traced(migrated_port, collector.url) as (service, traced_gateway),
+    ):
         assert post_debit(service, user_id, item_id, headers=headers).status_code == 200
         (request,) = collector.await_spans("POST /payments/debit", 1)
     of_trace = {span.name: span for span in collector.spans if span.trace_id.hex() == TRACE_ID}
     assert set(of_trace) == {"POST /payments/debit", "products get_item", "ledger debit_use"}
     assert request.parent_span_id.hex() == CALLERS_SPAN
-    for name, heard in (("products get_item", item_id), ("ledger debit_use", "debit_use")):
+    for name, received in (("products get_item", item_id), ("ledger debit_use", "debit_use")):
         call = of_trace[name]
         assert call.parent_span_id == request.span_id
-        assert f"00-{TRACE_ID}-{call.span_id.hex()}-01" in watched.traceparents[heard]
-    attributes = {one.key: one.value for one in request.attributes}
+        assert f"00-{TRACE_ID}-{call.span_id.hex()}-01" in traced_gateway.traceparents[received]
+    attributes = {attribute.key: attribute.value for attribute in request.attributes}
     assert attributes["http.route"].string_value == "/payments/debit"
     assert attributes["http.response.status_code"].int_value == 200
     assert collector.services == {"payment-service"}
 
 
-def test_every_debit_of_a_batch_leads_to_the_call_that_carried_it(
-    migrated_port: int, database: Database
-) -> None:
+def test_every_debit_of_a_batch_links_to_its_call(migrated_port: int, database: Database) -> None:
     users = [database.add_user() for _ in range(40)]
     item_id = database.add_item()
     together = threading.Barrier(len(users))
@@ -146,7 +153,7 @@ def test_every_debit_of_a_batch_leads_to_the_call_that_carried_it(
         assert request.span_id in carriers or links & carriers
 
 
-def test_a_failed_call_is_marked_in_the_trace(migrated_port: int, database: Database) -> None:
+def test_a_failed_call_has_an_error_status(migrated_port: int, database: Database) -> None:
     user_id = database.add_user()
     unknown_item = uuid4()
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
@@ -160,7 +167,7 @@ def test_a_failed_call_is_marked_in_the_trace(migrated_port: int, database: Data
 @pytest.mark.alone
 @pytest.mark.parametrize("collector", ["gone", "silent"])
 @repeated_if_too_slow
-def test_a_collector_that_fails_holds_up_nobody(
+def test_a_failing_collector_delays_no_request(
     migrated_port: int, database: Database, collector: str
 ) -> None:
     user_id = database.add_user()
@@ -174,27 +181,27 @@ def test_a_collector_that_fails_holds_up_nobody(
                 assert_below(time.monotonic() - started, 1)
 
 
-def test_no_span_holds_what_the_database_said_of_a_row(
+def test_no_span_contains_row_data_of_a_database_error(
     migrated_port: int, database: Database
 ) -> None:
     user_id = database.add_user()
     key = f"refused-{uuid4()}"
     item_id = database.add_item()
     with (
-        refusing(database, "Transaction_History", f"idempotency_key <> '{key}'"),
+        rejecting(database, "Transaction_History", f"idempotency_key <> '{key}'"),
         Collector() as collector,
         traced(migrated_port, collector.url) as (service, _),
     ):
-        answer = post_debit(service, user_id, item_id, key)
-        assert answer.json()["code"] == "ledger_rejected"
+        response = post_debit(service, user_id, item_id, key)
+        assert response.json()["code"] == "ledger_rejected"
         collector.await_spans("POST /payments/debit", 1)
-    told = "".join(map(str, collector.spans))
-    assert "LedgerRejected" in told
-    assert key not in told
-    assert str(user_id) not in told
+    spans = "".join(map(str, collector.spans))
+    assert "LedgerRejected" in spans
+    assert key not in spans
+    assert str(user_id) not in spans
 
 
-def test_requests_sent_at_once_on_a_connection_stay_in_their_own_traces(
+def test_pipelined_requests_have_separate_traces(
     migrated_port: int,
 ) -> None:
     others_id = TRACE_ID[::-1]
@@ -204,50 +211,55 @@ def test_requests_sent_at_once_on_a_connection_stay_in_their_own_traces(
         f"Host: x\r\ntraceparent: {traceparent}\r\n\r\n"
         for traceparent in traceparents
     )
-    with Collector() as collector, traced(migrated_port, collector.url) as (service, watched):
+    with (
+        Collector() as collector,
+        traced(migrated_port, collector.url) as (service, traced_gateway),
+    ):
         address = (service.base_url.host, service.base_url.port)
         with socket.create_connection(address, timeout=30) as caller:
             caller.sendall(requests.encode())
-            answers = b""
-            while answers.count(b"payment_not_found") < 4:  # twice in each
+            responses = b""
+            while responses.count(b"payment_not_found") < 4:  # twice in each
                 part = caller.recv(65536)
-                assert part, "the connection ended before both answers"
-                answers += part
-    heard = watched.traceparents["find_payment"]
-    assert [one[3:35] for one in heard] == [TRACE_ID, others_id]
-    assert heard[1] == traceparents[1]
+                assert part, "the connection ended before both responses"
+                responses += part
+    received = traced_gateway.traceparents["find_payment"]
+    assert [traceparent[3:35] for traceparent in received] == [TRACE_ID, others_id]
+    assert received[1] == traceparents[1]
 
 
-def test_no_span_holds_the_callers_key_or_a_user(migrated_port: int, database: Database) -> None:
+def test_no_span_contains_an_idempotency_key_or_a_user_id(
+    migrated_port: int, database: Database
+) -> None:
     user_id = database.add_user()
     key = "key-of-the-caller"
     item_id = database.add_item()
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
         charged = post_debit(service, user_id, item_id, key)
-        assert ask_outcome(service, user_id, key).json() == charged.json()
+        assert get_outcome(service, user_id, key).json() == charged.json()
         collector.await_spans("GET /payments/outcome", 1)
-    told = "".join(map(str, collector.spans))
-    assert "ledger find_payment" in told
-    assert key not in told
-    assert str(user_id) not in told
+    spans = "".join(map(str, collector.spans))
+    assert "ledger find_payment" in spans
+    assert key not in spans
+    assert str(user_id) not in spans
 
 
 @pytest.mark.parametrize("flag", ["absent", "00", "01"])
-def test_at_most_a_hundred_requests_a_second_are_traced_whatever_the_caller_says(
+def test_at_most_a_hundred_requests_per_second_are_traced_for_any_trace_flag(
     migrated_port: int, flag: str
 ) -> None:
     headers = {"traceparent": f"00-{TRACE_ID}-{CALLERS_SPAN}-{flag}"} if flag != "absent" else {}
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
         started = time.monotonic()
         with ThreadPoolExecutor(4) as pool:
-            asked = pool.map(lambda _: service.get("/health", headers=headers), range(1000))
-            assert {answer.status_code for answer in asked} == {200}
+            responses = pool.map(lambda _: service.get("/health", headers=headers), range(1000))
+            assert {response.status_code for response in responses} == {200}
         seconds = time.monotonic() - started
         least = 0 if flag == "00" else 100
         collector.await_spans("GET /health", least)
     spans = [span for span in collector.spans if span.name == "GET /health"]
     assert least <= len(spans) <= least * (seconds + 2)
     for span in spans:
-        attributes = {one.key: one.value for one in span.attributes}
+        attributes = {attribute.key: attribute.value for attribute in span.attributes}
         assert attributes["http.request.method"].string_value == "GET"
         assert (span.trace_id.hex() == TRACE_ID) == (flag == "01")

@@ -1,4 +1,4 @@
-"""What becomes of debits when their time is up, or a bug strikes, between two turns of the loop."""
+"""Debits in a lane whose deadline passes, or whose batch fails with a bug."""
 
 import asyncio
 import json
@@ -22,21 +22,21 @@ ITEM = uuid4()
 
 
 class FakeLedger:
-    """Remembers what was sent alone; a lane's first call waits for `first`, a batch for `batch`."""
+    """Record single debits; the first call of a lane waits for `first`, a batch for `batch`."""
 
     def __init__(self) -> None:
         loop = asyncio.get_running_loop()
         self.first: asyncio.Future[None] = loop.create_future()
         self.batch: asyncio.Future[None] = loop.create_future()
         self.batch_is_sent = asyncio.Event()
-        self.sent_alone: list[str] = []
+        self.single_debits: list[str] = []
         self.pause = Pause("SUPABASE_URL")
 
     async def debit(
         self, sent: KeyedDebit, deadline: float, *, perhaps_done: bool = False
     ) -> Outcome:
         del deadline, perhaps_done
-        self.sent_alone.append(sent.key)
+        self.single_debits.append(sent.key)
         if sent.key == "first":
             await self.first
         return debited(sent.debit)
@@ -66,7 +66,7 @@ def debited(debit: Debit) -> Debited:
 
 
 class Lane:
-    """Group commit on a fake ledger, with a batch of two under way behind a first debit."""
+    """Group commit on a fake ledger, with a batch of two in flight behind a first debit."""
 
     async def begin(self, seconds: float) -> None:
         self.ledger = FakeLedger()
@@ -86,36 +86,36 @@ class Lane:
         return await asyncio.gather(*self.debits, return_exceptions=True)
 
 
-def test_who_is_told_not_charged_when_a_row_was_held_is_not_charged_afterwards() -> None:
-    async def let_the_deadline_pass_as_the_answer_comes() -> None:
+def test_a_busy_debit_that_expires_is_not_charged_later() -> None:
+    async def let_the_deadline_pass_with_the_response() -> None:
         lane = Lane()
         await lane.begin(seconds=0.5)
         asyncio.get_running_loop().call_at(
             lane.deadline - 0.001, lane.ledger.batch.set_result, None
         )
-        time.sleep(lane.deadline + 0.01 - time.monotonic())  # noqa: ASYNC251 - both in one turn
+        time.sleep(lane.deadline + 0.01 - time.monotonic())  # noqa: ASYNC251 - both in one step of the loop
         outcomes = await lane.outcomes()
         await asyncio.sleep(0.05)
         assert [type(outcome) for outcome in outcomes] == [LedgerUnavailable] * 2
-        assert lane.ledger.sent_alone == ["first"]
+        assert lane.ledger.single_debits == ["first"]
 
-    asyncio.run(let_the_deadline_pass_as_the_answer_comes())
+    asyncio.run(let_the_deadline_pass_with_the_response())
 
 
-def test_what_comes_after_its_deadline_is_never_sent() -> None:
-    async def come_late() -> None:
+def test_a_debit_that_arrives_after_its_deadline_is_never_sent() -> None:
+    async def arrive_late() -> None:
         ledger = FakeLedger()
         group_commit = GroupCommit(cast("Ledger", ledger), Metrics(), batch_size_max=64)
         late = asyncio.get_running_loop().time() - 0.001
         with pytest.raises(LedgerUnavailable):
             await group_commit.debit(keyed(1, "late"), late)
         await asyncio.sleep(0.01)
-        assert ledger.sent_alone == []
+        assert ledger.single_debits == []
 
-    asyncio.run(come_late())
+    asyncio.run(arrive_late())
 
 
-def test_a_bug_in_a_batch_strands_neither_it_nor_those_behind(
+def test_a_bug_in_a_batch_blocks_no_debit(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def fail() -> None:
@@ -134,7 +134,7 @@ def test_a_bug_in_a_batch_strands_neither_it_nor_those_behind(
 @pytest.mark.parametrize("price", [None, 0, 2**63 - 1])
 @pytest.mark.parametrize("actor", [None, "kiosk-1", 'a "name"'])
 @pytest.mark.parametrize("user_id", [1, 2**63 - 1])
-def test_a_debit_takes_as_many_bytes_of_a_request_as_it_is_counted_for(
+def test_the_counted_size_of_a_debit_is_its_size_in_the_request(
     key: str | None, price: int | None, actor: str | None, user_id: int
 ) -> None:
     attempt = str(uuid4())
