@@ -97,7 +97,7 @@ class Purchase:
 
     @property
     def is_stored(self) -> bool:
-        """Return whether the ledger stores an outcome; item errors of the service are not stored."""
+        """Return whether the ledger stores an outcome, unlike item errors of the service."""
         return any(code_of(response) in STORED for response in self.responses)
 
 
