@@ -23,13 +23,13 @@ from app.api.problems import (
 from app.api.readiness import Readiness
 from app.api.state import Services
 from app.auth.authentication import open_authentication
-from app.background import running
 from app.errors import PaymentError
+from app.event_loop import running
 from app.ledger.client import CALL_TIMEOUT_SECONDS, open_ledger
 from app.ledger.generated_declines import keep_removing_generated_declines
 from app.ledger.group_commit import GroupCommit
 from app.payments.debits import Debits
-from app.products.client import open_products
+from app.products.cache import open_products
 from app.server.startup import StartupMessage
 from app.server.workers import refuse_several_workers
 from app.settings import Settings, load_settings, warn_of_risks, warn_of_unknown_names

@@ -10,7 +10,7 @@ from app.auth.authentication import Authentication
 from app.errors import PaymentError
 from app.ledger.client import Ledger
 from app.payments.debits import Debits
-from app.products.client import Products
+from app.products.cache import Products
 from app.telemetry.metrics import Metrics
 from app.telemetry.requests import RequestRecord, RequestRecorder
 

@@ -13,6 +13,7 @@ from supabase import AsyncClient, AsyncClientOptions
 
 from app.environment.libraries import building
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
+from app.event_loop import now
 from app.http_client.client import http_client
 from app.http_client.failures import FailureLog
 from app.http_client.retry_after import Pause
@@ -101,7 +102,7 @@ class Ledger:
         return await self._call(
             "debit_use_batch",
             {"debits": debits},
-            _now() + self._call_timeout_seconds,
+            now() + self._call_timeout_seconds,
             lambda response: read_batch(response, sent),
         )
 
@@ -124,7 +125,7 @@ class Ledger:
             PaymentError: the ledger failed.
         """
         arguments: dict[str, JSON] = {"rows_max": REMOVED_ROWS_MAX}
-        deadline = _now() + self._call_timeout_seconds
+        deadline = now() + self._call_timeout_seconds
         return await self._call(
             "remove_generated_declines", arguments, deadline, _read_count, self._lookups
         )
@@ -135,7 +136,7 @@ class Ledger:
         Raises:
             PaymentError: it is not, or the database did not respond.
         """
-        await self._call("check_ledger", {}, _now() + self._call_timeout_seconds, _read_check)
+        await self._call("check_ledger", {}, now() + self._call_timeout_seconds, _read_check)
 
     async def _debit_once(self, sent: KeyedDebit, deadline: float) -> Outcome:
         self._metrics.batch_size.observe(1)
@@ -161,7 +162,7 @@ class Ledger:
         except TimeoutError as error:
             raise LedgerUnavailable from error  # it was never sent
         try:
-            if _now() >= deadline or self.pause.seconds_left():
+            if now() >= deadline or self.pause.seconds_left():
                 raise LedgerUnavailable  # neither was this: a call can be sent before it times out
             with dependency_call(self._metrics, "ledger", function):
                 return await self._send(function, arguments, deadline, read)
@@ -176,7 +177,7 @@ class Ledger:
         read: Callable[[object], Result],
     ) -> Result:
         try:
-            async with asyncio.timeout_at(min(deadline, _now() + self._call_timeout_seconds)):
+            async with asyncio.timeout_at(min(deadline, now() + self._call_timeout_seconds)):
                 response = await self._supabase.rpc(function, arguments).execute()
             result = read(response.data)
         except CALL_ERRORS as error:
@@ -227,7 +228,3 @@ def _read_count(response: object) -> int:
 def _read_check(response: object) -> None:
     if not isinstance(response, dict) or response.get("outcome") != "ready":
         raise ValueError("the response is not that of check_ledger")
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

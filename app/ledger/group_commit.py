@@ -11,6 +11,7 @@ for each user, and beyond those into later batches.
 import asyncio
 
 from app.errors import LedgerUnavailable, OutcomeUnknown
+from app.event_loop import now
 from app.ledger.client import Ledger
 from app.ledger.lane import Lane, Permits
 from app.ledger.outcomes import KeyedDebit, Outcome
@@ -43,9 +44,9 @@ class GroupCommit:
         """
         if self._is_off:
             return await self._debit_alone(sent, deadline)
-        if _now() >= deadline:
+        if now() >= deadline:
             raise LedgerUnavailable  # it was never sent
-        waiting = Waiting(sent, deadline, _now())
+        waiting = Waiting(sent, deadline, now())
         lane = self._lanes[waiting.user_id % LANES]
         lane.enter_queue(waiting)
         try:
@@ -64,7 +65,3 @@ class GroupCommit:
             return await self._ledger.debit(sent, deadline)
         finally:
             self._alone_of_users.leave(sent.debit.user_id)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -4,6 +4,7 @@ import asyncio
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
+from app.event_loop import now
 from app.ledger.outcomes import KeyedDebit, Outcome
 from app.ledger.repeats import NOT_DONE_SECONDS_MAX
 
@@ -40,10 +41,7 @@ class Waiting:
     @property
     def has_waited_too_long(self) -> bool:
         """Tell whether it was certainly not done for so long that its caller is told."""
-        return (
-            not self.is_perhaps_done
-            and asyncio.get_running_loop().time() - self.arrived > NOT_DONE_SECONDS_MAX
-        )
+        return not self.is_perhaps_done and now() - self.arrived > NOT_DONE_SECONDS_MAX
 
     @property
     def size_bytes(self) -> int:

@@ -1,6 +1,5 @@
 """The use case: charge a user for an item, exactly once."""
 
-import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import uuid4
@@ -16,11 +15,12 @@ from app.errors import (
     PaymentError,
     ProductsUnavailable,
 )
+from app.event_loop import now
 from app.ledger.client import Ledger
 from app.ledger.group_commit import GroupCommit
 from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, is_of
 from app.ledger.user_limits import UserTurns
-from app.products.client import Products
+from app.products.cache import Products
 from app.telemetry.metrics import Metrics
 
 
@@ -49,7 +49,7 @@ class Debits:
 
     def deadline(self) -> float:
         """Until when a request that comes now is answered, by the event loop's clock."""
-        return asyncio.get_running_loop().time() + self._timeout_seconds
+        return now() + self._timeout_seconds
 
     async def debit_user_for_item(
         self,

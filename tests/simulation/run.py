@@ -15,7 +15,7 @@ from app.ledger.client import Ledger
 from app.ledger.group_commit import GroupCommit
 from app.ledger.outcomes import Debit, Debited, Outcome
 from app.payments.debits import Debits
-from app.products.client import Products
+from app.products.cache import Products
 from app.telemetry.metrics import Metrics
 from simulation import failures
 from simulation.database import Database
