@@ -12,15 +12,14 @@ from starlette.exceptions import HTTPException
 from app import __version__
 from app.api.documentation import add_documentation
 from app.api.middleware import RequestMiddleware
-from app.api.openapi import add_schemas, require_token
+from app.api.openapi import add_schemas, document_token
 from app.api.operations import add_operation_routes
-from app.api.payments import add_payment_routes, announce_outcomes
+from app.api.payments import MODELS, add_payment_routes, announce_outcomes
 from app.api.problems import (
     respond_to_http_exception,
     respond_to_invalid_parameters,
     respond_to_payment_error,
 )
-from app.api.readiness import Readiness
 from app.api.state import Services
 from app.auth.authentication import open_authentication
 from app.errors import PaymentError
@@ -30,12 +29,13 @@ from app.ledger.generated_declines import keep_removing_generated_declines
 from app.ledger.group_commit import GroupCommit
 from app.payments.debits import Debits
 from app.products.cache import open_products
+from app.server.readiness import Readiness
 from app.server.startup import StartupMessage
 from app.server.workers import refuse_several_workers
 from app.settings import Settings, load_settings, warn_of_risks, warn_of_unknown_names
 from app.telemetry.logs import configure_logging
 from app.telemetry.metrics import Metrics
-from app.telemetry.requests import RequestRecorder
+from app.telemetry.request_record import RequestRecorder
 from app.telemetry.tracing import RequestSpans, exported_traces
 
 GARBAGE_THRESHOLD = 5_000  # objects; higher takes memory and gains nothing
@@ -45,7 +45,7 @@ Charges a student's prepaid balance for an item. All money is integers in minor 
 Refusals and failures are problems (RFC 9457): decide on `code`, which `/problems` explains.
 """
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 def create_app(
@@ -57,7 +57,7 @@ def create_app(
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Services]]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
         refuse_several_workers()
         used = settings or load_settings()
         configure_logging(used.log_level)
@@ -67,9 +67,10 @@ def create_app(
         async with open_services(used, call_timeout_seconds) as services:
             announce_outcomes(services.metrics)
             if services.authentication:
-                require_token(app)
+                document_token(app)
             _freeze_startup_objects()
-            yield {"services": services}
+            exports_traces = used.otel_exporter_otlp_endpoint is not None
+            yield {"services": services, "exports_traces": exports_traces}
         logger.info("stopped")
 
     app = FastAPI(
@@ -83,7 +84,7 @@ def create_app(
         # Relative to the document, so that it is right under a prefix that a proxy removes.
         servers=[{"url": "."}],
         root_path_in_servers=False,
-        # RequestSpans instead: FastAPI's own spans hold the query, and that callers' keys.
+        # RequestSpans replaces FastAPI's spans: those hold the query and with it callers' keys.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     # The last one that is added is the first to get a request.
@@ -96,7 +97,7 @@ def create_app(
     add_payment_routes(app)
     add_operation_routes(app)
     add_documentation(app)
-    add_schemas(app)
+    add_schemas(app, MODELS)
     return app
 
 
@@ -143,14 +144,14 @@ async def open_services(settings: Settings, call_timeout_seconds: float) -> Asyn
                 running(keep_removing_generated_declines(ledger)),
             ):
                 yield Services(
-                    authentication,
-                    debits,
-                    products,
-                    ledger,
-                    readiness,
-                    metrics,
-                    RequestRecorder(metrics),
-                    settings.cors_allowed_origins,
+                    authentication=authentication,
+                    debits=debits,
+                    products=products,
+                    ledger=ledger,
+                    readiness=readiness,
+                    metrics=metrics,
+                    recorder=RequestRecorder(metrics),
+                    allowed_origins=settings.cors_allowed_origins,
                 )
 
 

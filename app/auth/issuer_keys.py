@@ -13,8 +13,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 
 from app.errors import AuthenticationUnavailable
 from app.event_loop import now, running
+from app.http_client.availability import FAILURE_SECONDS, Availability
 from app.http_client.client import CALL_ERRORS, describe_failure, http_client
-from app.http_client.failures import FAILURE_SECONDS, Availability
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import FAILED, dependency_call
 
@@ -42,7 +42,7 @@ JWK_ERRORS = (
     UnsupportedAlgorithm,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class IssuerKey(NamedTuple):
@@ -189,7 +189,7 @@ class IssuerKeys:
 
     def _unavailable(self) -> AuthenticationUnavailable:
         problem = AuthenticationUnavailable()
-        problem.headers = self._availability.pause.headers(problem.headers)
+        self._availability.pause.apply_to(problem)
         return problem
 
 

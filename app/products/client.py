@@ -10,8 +10,8 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
 from app.errors import Forbidden, ItemNotFound, ProductsUnavailable
+from app.http_client.availability import FAILURE_SECONDS, Availability
 from app.http_client.client import CALL_ERRORS, describe_failure, http_client
-from app.http_client.failures import FAILURE_SECONDS, Availability
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import dependency_call
 
@@ -89,7 +89,7 @@ class ProductsClient:
     def unavailable(self) -> ProductsUnavailable:
         """Return the problem of callers whose item cannot be checked."""
         problem = ProductsUnavailable()
-        problem.headers = self.availability.pause.headers(problem.headers)
+        self.availability.pause.apply_to(problem)
         return problem
 
     async def _send(self, item_id: UUID, token: str | None) -> httpx.Response:

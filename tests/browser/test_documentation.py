@@ -137,7 +137,7 @@ def alice_has_5000(seeded_service: httpx.Client, database: Database) -> None:
     )
 
 
-def test_the_link_opens_on_the_debit(page: Page) -> None:
+def test_the_link_opens_the_debit(page: Page) -> None:
     page.goto(LINK)
     expect(page).to_have_title("Payment service - Swagger UI")
     expect(page.locator(".opblock.is-open")).to_have_count(1)
@@ -157,7 +157,7 @@ def test_try_it_out_charges_the_seeded_user_and_shows_the_new_balance(
 
 
 @pytest.mark.usefixtures("alice_has_5000")
-def test_executing_twice_under_one_key_charges_once(page: Page, database: Database) -> None:
+def test_executing_twice_with_one_key_charges_once(page: Page, database: Database) -> None:
     try_it_out(page)
     operation(page).get_by_placeholder("Idempotency-Key").fill(f"browser-{uuid4()}")
     assert execute(page) == execute(page)
@@ -173,7 +173,7 @@ def test_executing_twice_under_one_key_charges_once(page: Page, database: Databa
         ({"user_id": ALICE, "item_id": ITEM, "amount": 1}, "422", "invalid_request"),
     ],
 )
-def test_a_refused_debit_shows_its_problem(
+def test_a_failed_debit_shows_its_problem(
     page: Page, body: dict[str, object], status: str, code: str
 ) -> None:
     try_it_out(page)
@@ -190,7 +190,7 @@ def issuer(browser: Browser) -> Iterator[Issuer]:
 
 
 @pytest.mark.usefixtures("alice_has_5000")
-def test_authorize_takes_a_token_that_goes_with_the_debit_and_is_forgotten(
+def test_authorize_sends_the_token_until_the_page_is_reloaded(
     watch: Watch,
     start_service: Callable[..., httpx.Client],
     issuer: Issuer,
@@ -232,7 +232,7 @@ class RemovesPrefix:
 
 @pytest.mark.usefixtures("alice_has_5000")
 @pytest.mark.parametrize("root_path", ["", "/pay"])
-def test_the_pages_work_under_a_prefix_that_a_proxy_removes(
+def test_the_pages_work_behind_a_proxy_that_strips_a_prefix(
     watch: Watch, gateway_url: str, products_url: str, root_path: str
 ) -> None:
     service = create_app(make_settings(supabase_url=gateway_url, products_service_url=products_url))
@@ -265,7 +265,7 @@ def test_redoc_shows_the_debit(watch: Watch, seeded_service: httpx.Client) -> No
     assert [error for error in watched.errors if REDOC_LOGO not in error] == []
 
 
-def test_what_a_script_on_the_page_would_send_elsewhere_is_stopped(
+def test_the_policy_blocks_scripts_that_send_data_elsewhere(
     watch: Watch, seeded_service: httpx.Client
 ) -> None:
     watched = watch(seeded_service)
@@ -282,7 +282,7 @@ def test_what_a_script_on_the_page_would_send_elsewhere_is_stopped(
     assert "violation: connect-src http://outside.example/" in watched.errors
 
 
-def test_the_watch_sees_what_would_leave(watch: Watch, seeded_service: httpx.Client) -> None:
+def test_the_recorder_detects_foreign_requests(watch: Watch, seeded_service: httpx.Client) -> None:
     watched = watch(seeded_service)
     with pytest.raises(Error, match="ERR_NAME_NOT_RESOLVED"):
         watched.page.goto("http://outside.example/")

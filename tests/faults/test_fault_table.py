@@ -75,7 +75,7 @@ def assert_told_the_truth(
 
 @pytest.mark.parametrize("key", ["key-of-the-caller", None], ids=["with key", "without"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_once_is_survived(
+def test_a_debit_succeeds_after_a_single_fault(
     gateway_url: str, start_service: Start, database: Database, fault: str, key: str | None
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -90,7 +90,7 @@ def test_a_fault_once_is_survived(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_that_stays_is_told_truly(
+def test_a_persistent_fault_returns_a_code_that_matches_the_ledger(
     gateway_url: str, start_service: Start, database: Database, fault: str
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -111,7 +111,7 @@ def test_a_fault_that_stays_is_told_truly(
 
 
 @pytest.mark.parametrize("later", sorted(NOT_DONE))
-def test_unknown_stays_unknown_when_later_calls_are_certainly_not_done(
+def test_the_outcome_stays_unknown_if_only_the_retries_were_certainly_not_executed(
     gateway_url: str, start_service: Start, database: Database, later: str
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -129,7 +129,7 @@ def test_unknown_stays_unknown_when_later_calls_are_certainly_not_done(
         assert_told_the_truth(database, service, user_id, item_id, answer)
 
 
-def test_a_gateway_that_refuses_connections_has_not_charged(
+def test_a_refused_connection_to_the_gateway_charges_nothing(
     start_service: Start, database: Database
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -139,7 +139,7 @@ def test_a_gateway_that_refuses_connections_has_not_charged(
     assert database.debits(user_id) == []
 
 
-def test_a_row_that_stays_locked_is_not_charged(
+def test_a_user_whose_row_stays_locked_is_not_charged(
     service: httpx.Client, database: Database, migrated_port: int
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -150,7 +150,7 @@ def test_a_row_that_stays_locked_is_not_charged(
     assert_told_the_truth(database, service, user_id, item_id, answer)
 
 
-def test_a_row_that_is_locked_for_a_while_is_waited_for(
+def test_a_debit_waits_for_a_row_that_is_locked_briefly(
     service: httpx.Client, database: Database, migrated_port: int
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -172,7 +172,7 @@ PRODUCTS_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", PRODUCTS_FAULTS)
-def test_a_fault_of_the_products_service_once_charges_at_the_retry_only(
+def test_a_single_fault_of_the_products_service_charges_only_on_the_retry(
     start_service: Start, database: Database, fault: str
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)

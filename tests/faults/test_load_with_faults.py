@@ -17,7 +17,7 @@ DEEDS = (
 )
 
 
-def test_under_load_and_faults_nothing_is_lost_or_doubled() -> None:
+def test_no_debit_is_lost_or_duplicated_under_load_with_faults() -> None:
     torture = Torture(SEED, SECONDS, say=print, chaos_pause_seconds=1.5, deeds=DEEDS)
 
     def has_seen_enough() -> bool:

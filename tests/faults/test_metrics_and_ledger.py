@@ -49,7 +49,7 @@ class Buyer:
         assert again.json() == answer.json()
 
 
-def test_amounts_counted_are_those_of_the_ledger_but_for_outcomes_that_were_told_as_unknown(
+def test_the_amount_metric_matches_the_ledger_except_for_unknown_outcomes(
     gateway_url: str, start_service: Start, database: Database
 ) -> None:
     dice, item_id = random.Random(7), database.add_item(350)

@@ -41,7 +41,7 @@ def await_waiting(database: Database, debits: int) -> None:
 
 
 @pytest.mark.parametrize("signals", [1, 2], ids=["SIGTERM", "SIGTERM twice"])
-def test_sigterm_lets_debits_under_way_finish_and_be_answered(
+def test_debits_in_flight_complete_after_sigterm(
     gateway_url: str, products_url: str, migrated_port: int, database: Database, signals: int
 ) -> None:
     users, item_id = [database.add_user(5000), database.add_user(5000)], database.add_item(350)
@@ -103,7 +103,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.mark.alone
-def test_sigterm_breaks_no_connection_of_clients_that_pay_without_pause(
+def test_sigterm_breaks_no_connection_of_busy_clients(
     gateway_url: str, products_url: str, database: Database
 ) -> None:
     item_id = database.add_item(1)
@@ -126,7 +126,7 @@ def test_sigterm_breaks_no_connection_of_clients_that_pay_without_pause(
             ]
 
 
-def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(
+def test_a_debit_interrupted_by_sigkill_is_charged_once_after_the_retry(
     gateway_url: str, products_url: str, migrated_port: int, database: Database
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -149,7 +149,7 @@ def test_a_service_killed_in_the_middle_of_a_debit_charges_once_at_the_retry(
     assert database.audit() == []
 
 
-def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
+def test_a_client_that_disconnects_is_charged_once_and_can_look_up_the_outcome(
     gateway_url: str, products_url: str, migrated_port: int, database: Database
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -177,7 +177,7 @@ def test_a_caller_who_hangs_up_is_charged_once_or_not_at_all_and_can_ask(
 
 @pytest.mark.alone
 @repeated_if_too_slow
-def test_more_debits_than_may_wait_are_refused_at_once(
+def test_debits_above_the_waiting_limit_are_rejected_immediately(
     start_service: Start, migrated_port: int, database: Database
 ) -> None:
     users, item_id = [database.add_user(5000) for _ in range(4)], database.add_item(350)
@@ -199,7 +199,7 @@ def test_more_debits_than_may_wait_are_refused_at_once(
     assert [database.debits(user_id) for user_id in users] == [[350]] * 4
 
 
-def test_an_exhausted_pool_of_the_gateway_loses_nothing(
+def test_an_exhausted_gateway_pool_loses_no_debit(
     migrated_port: int, products_url: str, database: Database
 ) -> None:
     users, item_id = [database.add_user(5000) for _ in range(12)], database.add_item(350)
@@ -260,7 +260,7 @@ def kill_and_start(directory: Path, port: int) -> None:
 
 
 @pytest.mark.parametrize("fault", [restart, kill_and_start], ids=["restarted", "killed"])
-def test_debits_while_postgres_goes_down_and_comes_back_are_told_truly(
+def test_responses_match_the_ledger_when_postgres_restarts(
     own_postgres: tuple[Path, int], fault: Callable[[Path, int], None]
 ) -> None:
     directory, port = own_postgres

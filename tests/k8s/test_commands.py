@@ -91,7 +91,7 @@ def read_secret(api: ApiServer) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", ["kubectl apply -f deployment.yaml", "kubectl apply -f ."])
-def test_one_command_makes_all_objects_on_an_empty_cluster(
+def test_one_command_creates_all_objects_on_an_empty_cluster(
     api: ApiServer, run: Run, command: str
 ) -> None:
     said = succeed(run(command)).splitlines()
@@ -112,9 +112,7 @@ def test_a_repeated_apply_changes_only_what_kubectl_always_sends(api: ApiServer,
     ("default", "kind"),
     [("\n          protocol: TCP", "networkpolicy"), ("\n    type: RollingUpdate", "deployment")],
 )
-def test_a_default_that_is_not_written_out_would_be_seen(
-    run: Run, tmp_path: Path, default: str, kind: str
-) -> None:
+def test_an_omitted_default_is_detected(run: Run, tmp_path: Path, default: str, kind: str) -> None:
     manifest = tmp_path / "k8s" / "deployment.yaml"
     assert default in manifest.read_text()
     manifest.write_text(manifest.read_text().replace(default, ""))
@@ -123,9 +121,7 @@ def test_a_default_that_is_not_written_out_would_be_seen(
     assert re.search(rf"^{kind}\S+ configured$", said, re.MULTILINE)
 
 
-def test_everything_can_be_deleted_and_made_again_and_the_secret_is_gone(
-    api: ApiServer, run: Run
-) -> None:
+def test_delete_and_apply_recreate_everything_except_the_secret(api: ApiServer, run: Run) -> None:
     command = "kubectl delete -f deployment.yaml && kubectl apply -f deployment.yaml"
     assert command in commands(README)
     succeed(run("kubectl apply -f deployment.yaml"))
@@ -137,7 +133,7 @@ def test_everything_can_be_deleted_and_made_again_and_the_secret_is_gone(
     assert len(api.objects) == 8
 
 
-def test_the_commands_of_the_readme_end_with_all_pods(api: ApiServer, run: Run) -> None:
+def test_the_commands_of_the_readme_roll_out_all_pods(api: ApiServer, run: Run) -> None:
     listed = commands(README)
     first = listed.index("kubectl apply -f deployment.yaml")
     after_last = next(n for n, one in enumerate(listed) if "port-forward" in one)
@@ -150,7 +146,7 @@ def test_the_commands_of_the_readme_end_with_all_pods(api: ApiServer, run: Run) 
 
 
 @pytest.mark.parametrize("document", [README, RUNBOOK], ids=["README", "runbook"])
-def test_the_number_of_pods_is_set_before_the_rollout_is_waited_for(document: str) -> None:
+def test_the_commands_wait_for_the_autoscaler_before_the_rollout(document: str) -> None:
     listed = commands(document)
     applied = [n for n, one in enumerate(listed) if re.search("apply -[fk] .*(dep|prod)", one)]
     assert applied
@@ -163,7 +159,7 @@ def test_the_number_of_pods_is_set_before_the_rollout_is_waited_for(document: st
 
 
 @pytest.mark.parametrize("before", ["nothing", "create", "apply", "the same command"])
-def test_the_secret_holds_what_is_in_env_whatever_was_there_before(
+def test_the_secret_matches_the_env_file_after_any_earlier_command(
     api: ApiServer, run: Run, tmp_path: Path, before: str
 ) -> None:
     earlier = {
@@ -179,7 +175,7 @@ def test_the_secret_holds_what_is_in_env_whatever_was_there_before(
     assert read_secret(api) == {"SUPABASE_KEY": '"new"'}
 
 
-def test_the_example_of_env_can_be_made_into_the_secret(
+def test_the_secret_can_be_created_from_the_example_env_file(
     api: ApiServer, run: Run, tmp_path: Path
 ) -> None:
     shutil.copy(ROOT / ".env.example", tmp_path / ".env")
@@ -188,7 +184,9 @@ def test_the_example_of_env_can_be_made_into_the_secret(
     assert sorted(read_secret(api)) == sorted(names)
 
 
-def test_a_missing_env_leaves_the_secret(api: ApiServer, run: Run, tmp_path: Path) -> None:
+def test_a_missing_env_file_leaves_the_secret_unchanged(
+    api: ApiServer, run: Run, tmp_path: Path
+) -> None:
     succeed(run(MAKE_SECRET))
     (tmp_path / ".env").unlink()
     ended = run(MAKE_SECRET)
@@ -197,16 +195,14 @@ def test_a_missing_env_leaves_the_secret(api: ApiServer, run: Run, tmp_path: Pat
     assert read_secret(api)["SUPABASE_URL"] == "https://abc.supabase.co"
 
 
-def test_apply_would_keep_a_variable_that_was_removed(
-    api: ApiServer, run: Run, tmp_path: Path
-) -> None:
+def test_kubectl_apply_keeps_a_removed_variable(api: ApiServer, run: Run, tmp_path: Path) -> None:
     succeed(run(f"{WRITE_SECRET} | kubectl create --validate=false -f -"))
     write_env(tmp_path, SUPABASE_URL="https://abc.supabase.co")
     succeed(run(f"{WRITE_SECRET} | kubectl apply -f -"))
     assert "SUPABASE_KEY" in read_secret(api)
 
 
-def test_the_secret_is_made_by_the_same_command_everywhere() -> None:
+def test_the_secret_is_created_by_the_same_command_everywhere() -> None:
     found = [one for text in (README, RUNBOOK) for one in commands(text) if one.startswith(CREATE)]
     assert len(found) == 3
     assert f"--namespace {NAMESPACE} " in found[0]
@@ -217,7 +213,7 @@ def test_the_secret_is_made_by_the_same_command_everywhere() -> None:
     assert "create secret generic" not in README.replace(CREATE, "")
 
 
-def test_monitoring_is_applied_to_a_namespace_that_was_made() -> None:
+def test_the_monitoring_namespace_is_created_before_its_objects() -> None:
     for text in (README, RUNBOOK):
         listed = commands(text)
         made = listed.index("kubectl create namespace monitoring")

@@ -49,7 +49,7 @@ def check_health(url: str) -> int:
     ).returncode
 
 
-def test_both_stages_stand_on_the_slim_image() -> None:
+def test_both_stages_use_the_slim_image() -> None:
     assert pinned_images() in (["python:3.11-slim"] * 2, [PINNED] * 2)
 
 
@@ -60,7 +60,7 @@ def pinned_images() -> list[str]:
     return [re.sub(r"@sha256:[0-9a-f]{64}$", "@sha256:x", name) for name in names]
 
 
-def test_make_pins_the_base_image_by_the_digest_that_docker_tells(tmp_path: Path) -> None:
+def test_make_pins_the_base_image_to_the_digest_from_docker(tmp_path: Path) -> None:
     for name in ("Makefile", "Dockerfile"):
         shutil.copy(ROOT / name, tmp_path)
     docker = tmp_path / "docker"
@@ -91,7 +91,7 @@ def test_only_the_service_and_its_requirements_are_copied() -> None:
     assert arguments("ADD") == []
 
 
-def test_the_build_sees_only_what_it_needs() -> None:
+def test_the_build_context_contains_only_what_it_needs() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules == ["*", "!app", "!requirements.lock", "**/__pycache__"]
@@ -106,12 +106,12 @@ def test_the_readme_shows_the_published_commands_first() -> None:
     ]
 
 
-def test_the_example_of_env_has_only_lines_that_docker_and_kubectl_read() -> None:
+def test_the_example_env_file_has_only_lines_that_docker_and_kubectl_accept() -> None:
     for line in (ROOT / ".env.example").read_text().splitlines():
         assert re.fullmatch(r"#.*|[A-Z_]+=\S+", line), line
 
 
-def test_the_instructions_are_those_that_a_builder_without_buildkit_knows() -> None:
+def test_the_dockerfile_needs_no_buildkit() -> None:
     assert not (ROOT / "Dockerfile").read_text().startswith("# syntax")
     for name, rest in instructions():
         assert "<<" not in rest  # a here-document
@@ -119,11 +119,11 @@ def test_the_instructions_are_those_that_a_builder_without_buildkit_knows() -> N
         assert options == [] or (name, *options) in {("COPY", "from"), ("HEALTHCHECK", "interval")}
 
 
-def test_no_instruction_depends_on_line_ends_of_the_checkout() -> None:
+def test_the_checkout_has_unix_line_endings() -> None:
     assert "* text=auto eol=lf" in (ROOT / ".gitattributes").read_text().splitlines()
 
 
-def test_the_final_stage_takes_what_was_built_and_installs_nothing() -> None:
+def test_the_final_stage_copies_the_build_and_installs_nothing() -> None:
     copied = [rest for name, rest in final_stage() if name == "COPY"]
     assert copied == ["--from=build /venv /venv", "--from=build /service /service"]
     assert "RUN" not in [name for name, _ in final_stage()]
@@ -131,7 +131,7 @@ def test_the_final_stage_takes_what_was_built_and_installs_nothing() -> None:
     assert "--only-binary :all: --require-hashes -r requirements.lock" in arguments("RUN")[0]
 
 
-def test_the_labels_tell_what_the_image_was_built_from() -> None:
+def test_the_labels_describe_the_build() -> None:
     given = [argument.split("=") for argument in arguments("ARG")]
     assert given == [["VERSION", "unknown"], ["REVISION", "unknown"], ["CREATED", "unknown"]]
     (labels,) = arguments("LABEL")
@@ -141,7 +141,7 @@ def test_the_labels_tell_what_the_image_was_built_from() -> None:
         assert f'org.opencontainers.image.{name}="' in labels
 
 
-def test_another_user_can_read_the_service_and_need_not_write_its_bytecode() -> None:
+def test_another_user_can_run_the_service_without_writing_bytecode() -> None:
     assert arguments("RUN")[-1].split(" && ") == [
         "chmod -R a+rX app",
         "/venv/bin/python -m compileall -q app",
@@ -160,14 +160,14 @@ def test_the_command_is_in_exec_form_and_serves_the_exposed_port() -> None:
     assert json.loads(command) == ["python", "-m", "app", "--port", arguments("EXPOSE")[0]]
 
 
-def test_the_server_outlives_proxies_connections_and_ends_before_the_pod_is_killed() -> None:
+def test_the_server_timeouts_fit_proxies_and_the_pod() -> None:
     config = make_config(create_app())
     assert config.timeout_graceful_shutdown == 20
     assert config.timeout_keep_alive > 60  # which is how long proxies keep a connection
     assert (config.server_header, config.access_log, config.workers) == (False, False, 1)
 
 
-def test_the_health_check_asks_the_exposed_port() -> None:
+def test_the_health_check_uses_the_exposed_port() -> None:
     program, option, code = health_check()
     assert (program, option) == ("python", "-c")
     assert f"'http://127.0.0.1:{arguments('EXPOSE')[0]}/health'" in code
@@ -178,16 +178,16 @@ def test_the_health_check_needs_only_python_and_no_proxy() -> None:
         assert check_health(url) == 0
 
 
-def test_the_health_check_fails_when_the_answer_is_an_error() -> None:
+def test_the_health_check_fails_on_an_error_response() -> None:
     with served(create_app(make_settings())) as url:
         assert check_health(f"{url}/no-such-route") != 0
 
 
-def test_the_health_check_fails_when_nothing_answers() -> None:
+def test_the_health_check_fails_if_nothing_listens() -> None:
     assert check_health(f"http://127.0.0.1:{free_port()}") != 0
 
 
-def test_every_requirement_has_one_version() -> None:
+def test_every_requirement_is_pinned() -> None:
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             assert re.match(r"[A-Za-z0-9_.-]+==[0-9][^ ]*(  # .+)?$", line), line

@@ -83,7 +83,7 @@ def test_every_object_is_found_by_the_recommended_labels(kind: str) -> None:
     assert labels["app.kubernetes.io/instance"] == NAMESPACE
 
 
-def test_the_namespace_is_applied_before_what_lives_in_it() -> None:
+def test_the_namespace_is_applied_before_its_objects() -> None:
     namespace, *others = DOCUMENTS
     assert namespace["kind"] == "Namespace"
     assert namespace["metadata"]["name"] == NAMESPACE
@@ -91,7 +91,7 @@ def test_the_namespace_is_applied_before_what_lives_in_it() -> None:
         assert document["metadata"]["namespace"] == NAMESPACE
 
 
-def test_the_names_are_those_of_the_readme() -> None:
+def test_the_names_match_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert OBJECTS["Deployment"]["metadata"]["name"] == "payment-service-dev"
     assert OBJECTS["HorizontalPodAutoscaler"]["metadata"]["name"] == "payment-service-dev-hpa"
@@ -112,7 +112,7 @@ def test_the_autoscaler_targets_the_deployment_and_owns_its_size() -> None:
     assert "replicas" not in deployment["spec"]
 
 
-def test_the_autoscaler_can_measure_what_it_scales_by() -> None:
+def test_the_autoscaler_scales_by_the_requested_cpu() -> None:
     autoscaler = OBJECTS["HorizontalPodAutoscaler"]["spec"]
     (metric,) = autoscaler["metrics"]
     assert (autoscaler["minReplicas"], autoscaler["maxReplicas"]) == (2, 10)
@@ -122,7 +122,7 @@ def test_the_autoscaler_can_measure_what_it_scales_by() -> None:
     assert CONTAINER["resources"]["requests"]["cpu"]
 
 
-def test_pods_come_at_once_and_leave_slowly() -> None:
+def test_the_autoscaler_scales_up_immediately_and_down_slowly() -> None:
     behavior = OBJECTS["HorizontalPodAutoscaler"]["spec"]["behavior"]
     twice_as_many = {"type": "Percent", "value": 100, "periodSeconds": 15}
     one_less = {"type": "Pods", "value": 1, "periodSeconds": 60}
@@ -132,7 +132,7 @@ def test_pods_come_at_once_and_leave_slowly() -> None:
     }
 
 
-def test_the_pod_asks_for_what_the_runbook_says_that_it_needs() -> None:
+def test_the_resources_of_the_pod_match_the_runbook() -> None:
     assert CONTAINER["resources"] == {
         "requests": {"cpu": "250m", "memory": "128Mi"},
         "limits": {"memory": "256Mi"},
@@ -141,7 +141,7 @@ def test_the_pod_asks_for_what_the_runbook_says_that_it_needs() -> None:
     assert "requests 250m and 128 MiB, is ended at 256 MiB" in runbook
 
 
-def test_the_cluster_refuses_pods_with_more_rights_in_this_namespace() -> None:
+def test_the_namespace_enforces_the_restricted_pod_security_standard() -> None:
     labels = OBJECTS["Namespace"]["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
 
@@ -164,18 +164,18 @@ def test_the_service_finds_the_pods_on_the_port_of_the_image() -> None:
     ("probe", "path"),
     [("startupProbe", "/health"), ("livenessProbe", "/health"), ("readinessProbe", "/ready")],
 )
-def test_probes_ask_routes_that_exist(probe: str, path: str) -> None:
+def test_probes_use_existing_routes(probe: str, path: str) -> None:
     assert CONTAINER[probe]["httpGet"] == {"path": path, "port": "http"}
     assert "get" in create_app().openapi()["paths"][path]
 
 
 @pytest.mark.parametrize("probe", ["startupProbe", "livenessProbe"])
-def test_a_pod_is_ended_after_half_a_minute_without_an_answer(probe: str) -> None:
+def test_a_pod_is_restarted_after_thirty_seconds_without_a_response(probe: str) -> None:
     settings = CONTAINER[probe]
     assert settings["periodSeconds"] * settings["failureThreshold"] == 30
 
 
-def test_a_pod_under_load_has_time_to_answer() -> None:
+def test_a_pod_under_load_has_time_to_respond() -> None:
     assert CONTAINER["livenessProbe"]["timeoutSeconds"] >= 2
     assert CONTAINER["readinessProbe"]["timeoutSeconds"] >= 2
 
@@ -185,20 +185,20 @@ def test_a_pod_gets_debits_soon_after_it_is_ready() -> None:
     assert CONTAINER["readinessProbe"]["periodSeconds"] <= 5
 
 
-def test_the_configuration_is_one_that_the_service_accepts() -> None:
+def test_the_service_accepts_the_configuration() -> None:
     data = {name.lower(): value for name, value in OBJECTS["ConfigMap"]["data"].items()}
     assert set(data) <= set(Settings.model_fields) - {"supabase_url", "supabase_key"}
     settings = make_settings(**data)
     assert {name: getattr(settings, name) for name in data} == data
 
 
-def test_addresses_of_the_cluster_win_over_those_of_a_laptop() -> None:
+def test_the_config_map_overrides_the_secret() -> None:
     names = [source[kind]["name"] for source in CONTAINER["envFrom"] for kind in source]
     assert names == ["payment-service-secrets", OBJECTS["ConfigMap"]["metadata"]["name"]]
     assert "env" not in CONTAINER
 
 
-def test_the_pod_gets_more_time_than_the_graceful_stop_takes() -> None:
+def test_the_grace_period_is_longer_than_the_graceful_shutdown() -> None:
     waiting = re.search(r"sleep\((\d+)\)", json.dumps(CONTAINER["lifecycle"]))
     assert waiting is not None
     assert (
@@ -206,14 +206,14 @@ def test_the_pod_gets_more_time_than_the_graceful_stop_takes() -> None:
     )
 
 
-def test_the_pod_waits_before_it_stops_with_what_the_image_has() -> None:
+def test_the_pre_stop_command_runs_in_the_image() -> None:
     program, *arguments = CONTAINER["lifecycle"]["preStop"]["exec"]["command"]
     assert f'CMD ["{program}", "-c"' in (ROOT / "Dockerfile").read_text()  # its health check
     at_once = [re.sub(r"sleep\(\d+\)", "sleep(0)", argument) for argument in arguments]
     subprocess.run([sys.executable, *at_once], check=True, timeout=60)
 
 
-def test_the_pod_has_no_rights_that_it_does_not_need() -> None:
+def test_the_pod_runs_with_minimal_privileges() -> None:
     assert POD["automountServiceAccountToken"] is False
     assert POD["enableServiceLinks"] is False  # names of others are no settings of this one
     user = POD["securityContext"]["runAsUser"]
@@ -231,7 +231,7 @@ def test_the_pod_has_no_rights_that_it_does_not_need() -> None:
     }
 
 
-def test_no_secret_is_in_the_folder_and_those_below_it() -> None:
+def test_the_manifests_contain_no_secret() -> None:
     for path in (ROOT / "k8s").rglob("*.*"):
         text = NO_KEY.sub("", path.read_text())
         assert LIKE_A_KEY.search(text) is None, path
@@ -245,11 +245,11 @@ def test_a_rolling_update_never_has_fewer_pods_than_before() -> None:
     }
 
 
-def test_a_pod_that_falls_over_when_it_is_ready_stops_the_rollout() -> None:
+def test_a_pod_must_stay_ready_for_ten_seconds_before_the_rollout_continues() -> None:
     assert OBJECTS["Deployment"]["spec"]["minReadySeconds"] == 10
 
 
-def test_nodes_and_zones_share_the_pods() -> None:
+def test_pods_are_spread_over_nodes_and_zones() -> None:
     labels = OBJECTS["Deployment"]["spec"]["selector"]
     spread = POD["topologySpreadConstraints"]
     assert [one["topologyKey"] for one in spread] == [
@@ -263,7 +263,7 @@ def test_nodes_and_zones_share_the_pods() -> None:
         assert one["whenUnsatisfiable"] == "ScheduleAnyway"
 
 
-def test_a_node_can_be_emptied_and_takes_one_pod_at_a_time() -> None:
+def test_a_node_can_be_drained_one_pod_at_a_time() -> None:
     budget = OBJECTS["PodDisruptionBudget"]["spec"]
     assert budget["selector"] == OBJECTS["Deployment"]["spec"]["selector"]
     assert budget["maxUnavailable"] == 1
@@ -284,7 +284,7 @@ def test_only_labelled_namespaces_and_prometheus_reach_the_pods() -> None:
     assert "payments-caller=true" in (ROOT / "README.md").read_text()
 
 
-def test_the_pods_reach_names_the_products_service_https_and_a_collector_alone() -> None:
+def test_egress_is_limited_to_dns_products_https_and_the_collector() -> None:
     ports = [[port["port"] for port in rule["ports"]] for rule in egress()]
     assert ports == [[53, 53], [8001], [443], [4318]]
     assert all(rule["to"] for rule in egress())  # without, a rule opens its ports to the world
@@ -295,7 +295,7 @@ def test_the_pods_reach_names_the_products_service_https_and_a_collector_alone()
     assert products == f"http://{name}:8001"
 
 
-def test_names_are_asked_for_where_clusters_have_their_name_servers() -> None:
+def test_dns_egress_covers_cluster_and_node_local_name_servers() -> None:
     names = egress()[0]
     assert names["ports"] == [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
     assert names["to"] == [
@@ -306,7 +306,7 @@ def test_names_are_asked_for_where_clusters_have_their_name_servers() -> None:
 
 
 @pytest.mark.parametrize("address", ["169.254.169.254", "fd00:ec2::254", "fe80::1"])
-def test_the_metadata_of_a_cloud_is_out_of_reach(address: str) -> None:
+def test_the_cloud_metadata_service_is_unreachable(address: str) -> None:
     reached = ip_address(address)
     rules = [rule for rule in egress() if {port["port"] for port in rule["ports"]} != {53}]
     assert len(rules) == len(egress()) - 1
@@ -323,5 +323,5 @@ def egress() -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "text", ["sb_secret_abc", "eyJhbGciOi.eyJyb2xl", "postgres://postgres:word@db/x", "0aB1" * 10]
 )
-def test_a_key_would_be_seen(text: str) -> None:
+def test_a_key_is_detected(text: str) -> None:
     assert LIKE_A_KEY.search(text)

@@ -100,7 +100,7 @@ def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
     assert f"{len(ALERTS)} rules found" in said.stdout
 
 
-def test_every_alert_fires_on_its_case_and_on_no_other(tmp_path: Path) -> None:
+def test_every_alert_fires_only_in_its_own_case(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(RULES["spec"]))
     cases = tmp_path / "alerts.yaml"
     shutil.copy(Path(__file__).parent / "alerts.yaml", cases)
@@ -122,7 +122,7 @@ def test_every_alert_fires_on_its_case_and_on_no_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "query"), QUERIES, ids=[name for name, _ in QUERIES])
-def test_a_query_asks_for_series_and_labels_that_the_service_shows(
+def test_a_query_uses_only_series_and_labels_of_the_service(
     shown: Shown, name: str, query: str
 ) -> None:
     names, matchers, grouped = read_query(query)
@@ -140,7 +140,7 @@ def test_a_query_asks_for_series_and_labels_that_the_service_shows(
             assert value in known, (label, value)
 
 
-def test_the_dependencies_in_queries_are_those_of_the_code() -> None:
+def test_the_dependencies_in_queries_exist_in_the_code() -> None:
     code = "".join(path.read_text() for path in (ROOT / "app").rglob("*.py"))
     called = set(re.findall(r'dependency_call\(self\._metrics, "(\w+)"', code))
     asked = {value for _, query in QUERIES for value in re.findall(r'dependency="(\w+)"', query)}
@@ -151,12 +151,12 @@ def test_the_dependencies_in_queries_are_those_of_the_code() -> None:
 @pytest.mark.parametrize(
     "query", ["payment_debit_total", 'payment_debits_total{outcom="x"}', "sum by (user) (up)"]
 )
-def test_a_query_for_what_is_not_there_would_be_seen(shown: Shown, query: str) -> None:
+def test_a_query_for_a_missing_series_or_label_is_detected(shown: Shown, query: str) -> None:
     with pytest.raises(AssertionError):
-        test_a_query_asks_for_series_and_labels_that_the_service_shows(shown, "wrong", query)
+        test_a_query_uses_only_series_and_labels_of_the_service(shown, "wrong", query)
 
 
-def test_a_share_is_that_of_the_same_requests_in_the_same_time() -> None:
+def test_a_ratio_compares_the_same_requests_over_the_same_range() -> None:
     asked = r"\w+\((\w+)\{([^}]*)\}\[(\w+)\]\)\)"
     share = rf"{asked}\s+[<>] [\d.]+ \* sum by \(namespace\) \({asked}"
     by_shares = {name: rule["expr"] for name, rule in ALERTS.items() if " * " in rule["expr"]}
@@ -176,14 +176,14 @@ def test_a_share_is_that_of_the_same_requests_in_the_same_time() -> None:
         assert counted_range == whole_range
 
 
-def test_every_alert_says_how_urgent_it_is_and_where_it_is_explained() -> None:
+def test_every_alert_has_a_severity_and_a_runbook_url() -> None:
     for name, rule in ALERTS.items():
         assert rule["labels"]["severity"] in {"page", "ticket"}
         assert {"summary", "description"} < set(rule["annotations"])
         assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{name.lower()}"
 
 
-def test_the_runbook_explains_the_alerts_that_there_are() -> None:
+def test_the_runbook_explains_every_alert() -> None:
     assert set(re.findall(r"^### (Payment\w+)$", RUNBOOK, re.MULTILINE)) == set(ALERTS)
     for name, rule in ALERTS.items():
         section = RUNBOOK.split(f"### {name}\n")[1].split("\n#")[0]
@@ -213,7 +213,7 @@ def test_prometheus_finds_the_service() -> None:
     assert (endpoint["interval"], endpoint["scrapeTimeout"]) == ("15s", "5s")
 
 
-def test_the_operator_finds_both_where_the_network_policy_lets_prometheus_in() -> None:
+def test_the_network_policy_allows_the_namespace_of_the_monitoring_objects() -> None:
     policy = DEVELOPMENT["NetworkPolicy"]["spec"]
     let_in = [peer["namespaceSelector"]["matchLabels"] for peer in policy["ingress"][0]["from"]]
     for name in ("servicemonitor", "prometheusrule"):
@@ -221,7 +221,7 @@ def test_the_operator_finds_both_where_the_network_policy_lets_prometheus_in() -
         assert {"kubernetes.io/metadata.name": found} in let_in
 
 
-def test_queries_take_the_services_of_all_namespaces_for_the_job() -> None:
+def test_queries_match_the_jobs_of_all_namespaces() -> None:
     # Without a jobLabel the operator calls the job as the Service.
     names = [DEVELOPMENT["Service"]["metadata"]["name"]]
     overlay = ROOT / "k8s" / "overlays" / "production" / "name.yaml"
@@ -236,7 +236,7 @@ def test_queries_take_the_services_of_all_namespaces_for_the_job() -> None:
         assert "job=~" in query or not re.search(r"\b(up|process_\w+)\b", query), name
 
 
-def test_panels_name_their_lines_by_what_the_queries_group_by() -> None:
+def test_panel_legends_use_the_grouping_labels() -> None:
     for panel in PANELS:
         for target in panel["targets"]:
             _, _, grouped = read_query(target["expr"])
@@ -244,12 +244,12 @@ def test_panels_name_their_lines_by_what_the_queries_group_by() -> None:
             assert named == grouped - {"le"} or panel["type"] == "table", panel["title"]
 
 
-def test_panels_look_at_ranges_that_go_with_what_is_shown() -> None:
+def test_panels_use_the_range_variables_of_grafana() -> None:
     ranges = {one for _, query in QUERIES[len(ALERTS) :] for one in re.findall(r"\[(.+?)\]", query)}
     assert ranges == {"$__rate_interval", "$__range"}
 
 
-def test_the_dashboard_opens_on_production_and_every_panel_keeps_to_the_namespace() -> None:
+def test_the_dashboard_opens_on_production_and_every_panel_filters_by_namespace() -> None:
     overlay = yaml.safe_load(
         (ROOT / "k8s" / "overlays" / "production" / "kustomization.yaml").read_text()
     )
@@ -260,7 +260,7 @@ def test_the_dashboard_opens_on_production_and_every_panel_keeps_to_the_namespac
         assert query.count('namespace=~"$namespace"') >= len(series), title
 
 
-def test_the_share_that_fails_is_zero_where_nothing_fails() -> None:
+def test_the_error_ratio_is_zero_without_errors() -> None:
     (panel,) = [one for one in PANELS if one["title"] == "Share of requests that fail"]
     failing, _, _ = panel["targets"][0]["expr"].partition(" / ")
     assert failing.endswith(" or vector(0))")
@@ -271,13 +271,13 @@ def test_money_is_shown_in_kronor() -> None:
     assert panel["targets"][0]["expr"].endswith(" / 100")
 
 
-def test_what_is_applied_with_kubectl_is_no_more_than_these_two() -> None:
+def test_kubectl_applies_only_the_service_monitor_and_the_rules() -> None:
     applied = [path for path in MONITORING.iterdir() if path.suffix in {".json", ".yaml", ".yml"}]
     kinds = {yaml.safe_load(path.read_text())["kind"] for path in applied}
     assert kinds == {"ServiceMonitor", "PrometheusRule"}
 
 
-def test_the_dashboard_asks_the_source_that_is_chosen_and_its_panels_do_not_overlap() -> None:
+def test_the_dashboard_uses_the_selected_data_source_and_its_panels_do_not_overlap() -> None:
     assert DASHBOARD["templating"]["list"][0]["type"] == "datasource"
     for panel in PANELS:
         for one in (panel, *panel["targets"]):

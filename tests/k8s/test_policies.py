@@ -48,13 +48,13 @@ def failed(report: dict[str, Any]) -> dict[str, str]:
     return {one["check_id"]: one["check_name"] for one in report["results"]["failed_checks"]}
 
 
-def test_the_manifests_for_development_break_no_other_policy() -> None:
+def test_the_development_manifests_violate_only_the_listed_policies() -> None:
     report = check(ROOT / "k8s")
     assert failed(report) == EVERYWHERE | IN_DEVELOPMENT
     assert report["summary"]["passed"] > 80
 
 
-def test_the_overlay_for_production_breaks_no_other_policy(tmp_path: Path) -> None:
+def test_the_production_overlay_violates_only_the_listed_policies(tmp_path: Path) -> None:
     overlay = str(ROOT / "k8s" / "overlays" / "production")
     rendered = tmp_path / "production.yaml"
     with rendered.open("w") as file:
@@ -72,7 +72,7 @@ def test_the_overlay_for_production_breaks_no_other_policy(tmp_path: Path) -> No
         ("readOnlyRootFilesystem: true", "readOnlyRootFilesystem: false", "CKV_K8S_22"),
     ],
 )
-def test_an_unsafe_pod_would_be_seen(tmp_path: Path, safe: str, unsafe: str, broken: str) -> None:
+def test_an_unsafe_pod_is_detected(tmp_path: Path, safe: str, unsafe: str, broken: str) -> None:
     text = (ROOT / "k8s" / "deployment.yaml").read_text()
     assert text.count(safe) == 1
     changed = tmp_path / "deployment.yaml"

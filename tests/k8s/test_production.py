@@ -43,7 +43,7 @@ def objects(rendered: str) -> dict[str, dict[str, Any]]:
     return by_kind
 
 
-def test_the_base_of_overlays_is_what_kubectl_applies() -> None:
+def test_the_base_of_the_overlays_matches_the_manifests() -> None:
     copied = (K8S / "overlays" / "base" / "manifests.yaml").read_text()
     assert copied == (K8S / "deployment.yaml").read_text(), "make manifests"
 
@@ -59,14 +59,14 @@ def test_nothing_is_named_after_development(rendered: str) -> None:
     assert "-dev" not in rendered
 
 
-def test_everything_lives_in_a_namespace_of_its_own(objects: dict[str, dict[str, Any]]) -> None:
+def test_all_objects_are_in_the_production_namespace(objects: dict[str, dict[str, Any]]) -> None:
     assert objects.pop("Namespace")["metadata"]["name"] == "payment-service"
     for document in objects.values():
         assert document["metadata"]["namespace"] == "payment-service"
         assert document["metadata"]["labels"]["app.kubernetes.io/instance"] == "payment-service"
 
 
-def test_the_image_is_named_by_its_digest(objects: dict[str, dict[str, Any]]) -> None:
+def test_the_image_is_pinned_to_a_digest(objects: dict[str, dict[str, Any]]) -> None:
     (container,) = objects["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert re.fullmatch(r"justingav/payment-service@sha256:[0-9a-f]{64}", container["image"])
     assert container["imagePullPolicy"] == "IfNotPresent"
@@ -82,7 +82,7 @@ def test_there_are_more_pods_than_in_development(objects: dict[str, dict[str, An
     assert autoscaler["behavior"] == base["behavior"]
 
 
-def test_what_names_another_object_names_one_that_is_there(
+def test_references_between_objects_resolve(
     objects: dict[str, dict[str, Any]],
 ) -> None:
     deployment = objects["Deployment"]
@@ -121,7 +121,7 @@ def test_the_products_service_is_found_from_another_namespace(
     assert f"products service's namespace (`{namespace}`" in README
 
 
-def test_the_ingress_speaks_tls_and_leads_to_the_service(
+def test_the_ingress_terminates_tls_and_routes_to_the_service(
     objects: dict[str, dict[str, Any]],
 ) -> None:
     ingress, service = objects["Ingress"]["spec"], objects["Service"]
@@ -134,7 +134,7 @@ def test_the_ingress_speaks_tls_and_leads_to_the_service(
     assert all(path["backend"] == {"service": backend} for path in rule["http"]["paths"])
 
 
-def test_the_ingress_takes_no_token_in_clear(objects: dict[str, dict[str, Any]]) -> None:
+def test_the_ingress_accepts_no_plain_http(objects: dict[str, dict[str, Any]]) -> None:
     ingress = objects["Ingress"]
     # Of Traefik's two usual entry points, web is plain HTTP.
     traefik = "traefik.ingress.kubernetes.io/router"
@@ -145,7 +145,9 @@ def test_the_ingress_takes_no_token_in_clear(objects: dict[str, dict[str, Any]])
     assert ingress["spec"]["ingressClassName"] == "traefik"
 
 
-def test_only_what_callers_need_is_open_to_the_world(objects: dict[str, dict[str, Any]]) -> None:
+def test_the_ingress_exposes_only_the_routes_for_callers(
+    objects: dict[str, dict[str, Any]],
+) -> None:
     (rule,) = objects["Ingress"]["spec"]["rules"]
     opened = {path["path"]: path["pathType"] for path in rule["http"]["paths"]}
 
@@ -161,7 +163,7 @@ def test_only_what_callers_need_is_open_to_the_world(objects: dict[str, dict[str
         assert any(path == prefix or path.startswith(f"{prefix}/") for path in paths)
 
 
-def test_the_controller_of_the_ingress_reaches_the_pods(objects: dict[str, dict[str, Any]]) -> None:
+def test_the_ingress_controller_reaches_the_pods(objects: dict[str, dict[str, Any]]) -> None:
     (rule,) = objects["NetworkPolicy"]["spec"]["ingress"]
     peers = [peer["namespaceSelector"]["matchLabels"] for peer in rule["from"]]
     controller = {"kubernetes.io/metadata.name": objects["Ingress"]["spec"]["ingressClassName"]}

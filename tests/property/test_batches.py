@@ -257,7 +257,7 @@ def other(migrated_port: int) -> Iterator[psycopg.Connection]:
 
 
 @pytest.mark.parametrize("functions", IMPLEMENTATIONS, ids=lambda functions: functions.batch)
-def test_batches_and_single_calls_go_as_the_oracle_predicts(
+def test_batches_and_single_calls_match_the_oracle(
     functions: Functions,
     service_role: psycopg.Connection,
     other: psycopg.Connection,

@@ -30,7 +30,7 @@ Wish = tuple[int, int, str | None]
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(wishes=WISHES, balances=st.tuples(*[st.sampled_from([0, 500, 2000, 9000])] * 3))
-def test_concurrent_debits_leave_a_history_that_can_have_been(
+def test_concurrent_debits_leave_a_consistent_history(
     service: httpx.Client, database: Database, wishes: list[Wish], balances: tuple[int, ...]
 ) -> None:
     users = [database.add_user(balance) for balance in balances]

@@ -22,7 +22,7 @@ LEAST = {"debited": 10, "ledger_unavailable": 8, "outcome_unknown": 10}
 Start = Callable[..., httpx.Client]
 
 
-def test_nobody_is_told_something_false(
+def test_responses_are_true_despite_faults(
     gateway_url: str, start_service: Start, database: Database
 ) -> None:
     happened: Counter[str] = Counter()

@@ -134,9 +134,7 @@ def assert_tells(told: Body, answer: Answer) -> None:
         assert told.get("price") == answer.price
 
 
-def test_every_history_goes_as_the_oracle_predicts(
-    service: httpx.Client, database: Database
-) -> None:
+def test_every_history_matches_the_oracle(service: httpx.Client, database: Database) -> None:
     happened: Counter[str] = Counter()
 
     @settings(HISTORIES, max_examples=40)

@@ -186,7 +186,7 @@ def test_a_role_can_do_what_the_rules_say_and_nothing_else(
                 assert tried is (expected and is_reachable), what
 
 
-def test_an_object_that_is_added_is_seen(connection: psycopg.Connection) -> None:
+def test_a_new_object_is_detected(connection: psycopg.Connection) -> None:
     before = {thing.key for thing in objects(connection)}
     with connection.transaction(force_rollback=True):
         for statement in (

@@ -71,7 +71,7 @@ def cost(process: Process, sent: bytes) -> float:
 
 
 @pytest.mark.alone
-def test_no_request_without_a_token_takes_long(process: Process) -> None:
+def test_no_unauthenticated_request_is_expensive(process: Process) -> None:
     plain = cost(process, request("POST", DEBIT, body=b'{"user_id": 1}'))
     sent = {
         **{name: request("POST", DEBIT, body=body) for name, body in BODIES.items()},
@@ -84,7 +84,9 @@ def test_no_request_without_a_token_takes_long(process: Process) -> None:
     assert {name: value for name, value in costs.items() if value > TIMES_MAX * plain} == {}
 
 
-def test_a_query_of_what_is_documented_is_read_and_a_longer_one_named(process: Process) -> None:
+def test_the_longest_documented_query_is_accepted_and_longer_queries_are_rejected(
+    process: Process,
+) -> None:
     longest = "%21" * 255
     assert (
         process.ask(request("GET", f"{OUTCOME}?user_id={2**63 - 1}&idempotency_key={longest}"))
@@ -96,7 +98,7 @@ def test_a_query_of_what_is_documented_is_read_and_a_longer_one_named(process: P
         assert problem.json()["detail"].startswith("The query ")
 
 
-def test_a_body_of_many_fields_names_what_is_wrong(process: Process) -> None:
+def test_a_body_with_too_many_fields_is_rejected_with_the_limit(process: Process) -> None:
     problem = httpx.post(
         f"{process.url}{DEBIT}",
         content=BODIES["unknown fields"],

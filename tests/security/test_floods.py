@@ -26,7 +26,7 @@ def process(
 
 @pytest.mark.alone
 @pytest.mark.parametrize("flood", FLOODS, ids=lambda flood: flood.__name__)
-def test_memory_stays_flat(process: Process, flood: Attack) -> None:
+def test_a_flood_does_not_increase_memory(process: Process, flood: Attack) -> None:
     async def run() -> float:
         attackers = [Attacker(process.address, number) for number in range(8)]
         attacks = asyncio.gather(*(flood(attacker) for attacker in attackers))
@@ -55,12 +55,12 @@ TOO_LARGE = {
 
 
 @pytest.mark.parametrize("sent", TOO_LARGE.values(), ids=TOO_LARGE.keys())
-def test_what_is_too_large_is_refused(process: Process, sent: bytes) -> None:
+def test_oversized_parts_of_a_request_are_rejected(process: Process, sent: bytes) -> None:
     assert process.ask(sent) == 431
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 40])
-def test_trailers_are_not_headers(process: Process, database: Database, pieces: int) -> None:
+def test_trailers_are_ignored(process: Process, database: Database, pieces: int) -> None:
     body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
     content = json.dumps(body).encode()
     trailers = b'Content-Encoding: gzip\r\nIdempotency-Key: "\r\nContent-Type: text/plain\r\n'
@@ -74,7 +74,7 @@ def test_trailers_are_not_headers(process: Process, database: Database, pieces: 
         assert read_status(connection) == 200
 
 
-def test_a_body_that_turns_bad_after_its_response_gets_no_second_response(
+def test_a_malformed_body_after_the_response_gets_no_second_response(
     process: Process,
 ) -> None:
     head = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -129,7 +129,7 @@ def counted_responses(process: Process) -> float:
 
 
 @pytest.mark.alone
-def test_random_bytes_do_no_harm(process: Process) -> None:
+def test_the_service_survives_random_bytes(process: Process) -> None:
     draw = random.Random(SEED)
     asyncio.run(fuzz(process, draw, 200))  # what grows once is there
     before = process.resident_mebibytes()

@@ -79,7 +79,7 @@ async def connect(stack: AsyncExitStack, url: str, count: int) -> list[Caller]:
 
 
 @pytest.mark.alone
-def test_others_are_charged_while_1300_debits_of_one_user_are_sent(
+def test_other_users_are_charged_during_1300_debits_of_one_user(
     service_url: str, database: Database, migrated_port: int
 ) -> None:
     hot, others = database.add_user(10**6), [database.add_user() for _ in range(OTHERS)]
@@ -119,7 +119,7 @@ class HeldLookups(FaultyGateway):
         super()._relay(connection, request)
 
 
-def test_lookups_of_one_user_that_take_long_delay_no_lookups_of_others(
+def test_slow_lookups_of_one_user_do_not_delay_other_lookups(
     gateway_url: str, products_url: str, database: Database
 ) -> None:
     hot, others = database.add_user(10**6), [database.add_user() for _ in range(OTHERS)]

@@ -40,13 +40,13 @@ LIMITS = {
 }
 
 
-def test_the_limits_are_those_of_the_code() -> None:
+def test_the_documented_limits_match_the_code() -> None:
     section = TEXT.partition("\n## Limits\n")[2].partition("\nMeasured")[0]
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]*\|$", section, re.MULTILINE)
     assert dict(rows[2:]) == LIMITS
 
 
-def test_the_sql_runs(database: Database) -> None:
+def test_the_documented_sql_runs(database: Database) -> None:
     statements = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
     assert statements
     for statement in statements:
@@ -54,11 +54,11 @@ def test_the_sql_runs(database: Database) -> None:
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z-]+)", TEXT))))
-def test_make_knows_what_is_asked_of_it(target: str) -> None:
+def test_every_documented_make_target_exists(target: str) -> None:
     assert re.search(rf"(?m)^{target}:.*## ", (ROOT / "Makefile").read_text())
 
 
-def test_every_secret_setting_has_a_line() -> None:
+def test_every_secret_setting_has_a_row() -> None:
     readme = (ROOT / "README.md").read_text()
     secrets = re.findall(r"^\| `(\w+)` \| \w+, secret \|", readme, re.MULTILINE)
     assert len(secrets) == 2

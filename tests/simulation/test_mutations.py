@@ -6,5 +6,5 @@ from simulation.mutations import FORMER_FAULTS, Mutation, find_mistake
 
 
 @pytest.mark.parametrize("mutation", FORMER_FAULTS, ids=lambda mutation: mutation.name)
-def test_a_former_fault_that_is_put_back_is_found(mutation: Mutation) -> None:
+def test_a_reintroduced_fault_is_found(mutation: Mutation) -> None:
     assert find_mistake(mutation) is not None

@@ -43,13 +43,13 @@ def no_log() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_answer_is_true_and_every_limit_holds(part: int) -> None:
+def test_every_response_is_true_and_every_limit_holds(part: int) -> None:
     number = SCHEDULES // PARTS
     result = simulate("--first", f"{part * number}", "--seeds", f"{number}")
     assert result.returncode == 0, result.stdout
 
 
-def test_the_schedules_reach_everything() -> None:
+def test_the_schedules_cover_all_kinds_faults_and_outcomes() -> None:
     kinds: Counter[str] = Counter()
     faults: Counter[Fault] = Counter()
     answers: Counter[str] = Counter()
@@ -101,7 +101,7 @@ def test_virtual_time_passes_without_real_time() -> None:
     assert loop.time() == 86_460
 
 
-def test_waiting_for_nothing_is_an_error() -> None:
+def test_waiting_without_a_timer_is_an_error() -> None:
     async def wait_for_nothing() -> None:
         await asyncio.get_running_loop().create_future()
 

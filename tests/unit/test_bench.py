@@ -47,11 +47,11 @@ def test_a_ratio_is_the_median_of_the_ratios_of_the_rounds() -> None:
     assert ratio_of([10, 30, 20], [10, 10, 40]) == Ratio(median=1, lowest=0.5, highest=3)
 
 
-def test_a_ratio_to_nothing_is_infinite() -> None:
+def test_a_ratio_to_zero_is_infinite() -> None:
     assert ratio_of([10, 10, 10], [0, 10, 10]) == Ratio(median=1, lowest=1, highest=math.inf)
 
 
-def test_rounds_that_are_missing_for_one_subject_are_an_error() -> None:
+def test_missing_rounds_of_a_subject_are_an_error() -> None:
     with pytest.raises(ValueError, match="shorter"):
         ratio_of([1, 2], [1])
 
@@ -84,7 +84,7 @@ def test_cases_and_metrics_are_compared_separately() -> None:
     assert {row.ratio.median for row in compared} == {1.5}
 
 
-def test_turns_alternate() -> None:
+def test_the_order_of_subjects_alternates() -> None:
     assert [list(in_turns("AB", number)) for number in range(3)] == [
         ["A", "B"],
         ["B", "A"],
@@ -160,6 +160,6 @@ def test_a_worktree_is_removed_when_the_run_is_interrupted(repository: Path) -> 
 
 
 @pytest.mark.parametrize("revision", ["missing", "--help", "HEAD:file", ""])
-def test_a_revision_that_is_not_a_commit_is_named(repository: Path, revision: str) -> None:
+def test_a_revision_that_is_not_a_commit_is_reported(repository: Path, revision: str) -> None:
     with pytest.raises(BenchFailed, match="is not a commit of this repository"):
         commit_of(revision, repository)

@@ -34,11 +34,11 @@ def versions(name: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in pins}
 
 
-def test_the_image_installs_what_is_asked_for() -> None:
+def test_the_lock_file_matches_the_requirements() -> None:
     assert versions("requirements.lock") == versions("requirements.txt"), "make lock"
 
 
-def test_every_file_that_is_installed_is_known_by_its_hash() -> None:
+def test_every_locked_package_has_hashes() -> None:
     for name in LISTS:
         lock = (ROOT / f"{name}.lock").read_text()
         assert "://" not in lock
@@ -50,7 +50,7 @@ def test_every_file_that_is_installed_is_known_by_its_hash() -> None:
             ), entry
 
 
-def test_tools_are_installed_at_the_version_that_is_asked_for() -> None:
+def test_tools_are_locked_at_the_required_version() -> None:
     for name in LISTS:
         asked = versions(f"{name}.txt").items()
         assert asked <= versions(f"{name}.lock").items(), "make lock"
@@ -62,21 +62,21 @@ def test_tools_are_installed_at_the_version_that_is_asked_for() -> None:
     assert makefile.count("--require-hashes -r") == installer.count('"--require-hashes"') + 1
 
 
-def test_the_supabase_cli_has_one_version_wherever_it_is_named() -> None:
+def test_the_documents_use_one_version_of_the_supabase_cli() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     named = [name for page in pages for name in re.findall(r"npx (\S+)", page.read_text())]
     assert len(named) > 5
     assert set(named) == {CLI}
 
 
-def test_every_tool_has_one_version() -> None:
+def test_every_tool_is_pinned() -> None:
     for name in LISTS:
         for line in (ROOT / f"{name}.txt").read_text().splitlines():
             pinned = re.match(r"[\w.\[\]-]+==[\w.]+(  # .+)?$", line)
             assert pinned or line.startswith(("#", "-r ")) or not line, f"{name}: {line}"
 
 
-def test_the_licences_are_documented_and_bind_nobody() -> None:
+def test_the_licences_are_documented_and_permissive() -> None:
     table = (ROOT / "docs" / "licences.md").read_text().partition("\n|")[2]
     command = [sys.executable, "-m", "piplicenses", "--format", "markdown", "--packages"]
     packages = versions("requirements.txt").keys() - {"httpx-aiohttp"}  # the page says why

@@ -22,7 +22,7 @@ def anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
-def test_links_lead_somewhere(document: Path) -> None:
+def test_links_resolve(document: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)]+)\)", prose(document))
     for link in links:
         path, _, anchor = link.partition("#")
@@ -32,6 +32,6 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in anchors(target), link
 
 
-def test_the_readme_names_every_document() -> None:
+def test_the_readme_lists_every_document() -> None:
     for document in DOCUMENTS[1:]:
         assert f"`{document.name}`" in prose(DOCUMENTS[0])

@@ -25,19 +25,19 @@ def test_the_readme_lists_every_problem_with_its_status() -> None:
     }
 
 
-def test_every_problem_explains_itself() -> None:
+def test_every_problem_has_a_meaning_and_advice() -> None:
     for problem in PROBLEMS.values():
         assert 400 <= problem.status <= 599
         for sentence in (problem.meaning, problem.advice):
             assert sentence.endswith(".")
 
 
-def test_only_problems_worth_a_retry_say_when() -> None:
+def test_only_retryable_problems_have_retry_after() -> None:
     retried = {code for code, problem in PROBLEMS.items() if "Retry-After" in problem.headers}
     assert retried == {code for code, problem in PROBLEMS.items() if problem.status == 503}
 
 
-def test_money_is_never_said_to_be_safe_when_it_is_not_known() -> None:
+def test_only_problems_with_a_known_outcome_say_that_no_money_moved() -> None:
     unknown = {code for code, problem in PROBLEMS.items() if problem.money_moved != "no"}
     assert unknown == {"outcome_unknown", "internal_error"}
 
@@ -111,7 +111,7 @@ REJECTED = [
         (23514, OutcomeUnknown),
     ],
 )
-def test_an_answer_of_the_gateway_is_classified_by_its_code(
+def test_a_gateway_error_is_classified_by_its_code(
     code: str | int | None, failure: type[PaymentError]
 ) -> None:
     assert classify_failure(APIError({"code": code, "message": "42501"})) is failure
@@ -132,7 +132,7 @@ def test_an_answer_of_the_gateway_is_classified_by_its_code(
         (None, OutcomeUnknown),
     ],
 )
-def test_a_broken_call_is_not_done_only_if_it_was_never_sent(
+def test_a_transport_error_means_not_executed_only_if_nothing_was_sent(
     error: type[httpx.TransportError], cause: Exception | None, failure: type[PaymentError]
 ) -> None:
     raised = error("x")
@@ -141,7 +141,7 @@ def test_a_broken_call_is_not_done_only_if_it_was_never_sent(
 
 
 @pytest.mark.parametrize("error", [TimeoutError(), ValueError("not UTF-8")])
-def test_what_went_wrong_after_sending_is_unknown(error: Exception) -> None:
+def test_an_error_after_sending_leaves_the_outcome_unknown(error: Exception) -> None:
     assert classify_failure(error) is OutcomeUnknown
 
 

@@ -44,13 +44,13 @@ def test_the_environment_is_read() -> None:
     assert settings.log_level == "INFO"
 
 
-def test_a_file_named_dotenv_is_read_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_dotenv_file_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SUPABASE_URL")
     (tmp_path / ".env").write_text("SUPABASE_URL=https://from-file.supabase.co\n")
     assert load_settings().supabase_url == "https://from-file.supabase.co"
 
 
-def test_the_key_may_have_the_name_that_supabase_gives_it(
+def test_the_key_may_be_named_supabase_service_role_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("SUPABASE_KEY")
@@ -58,7 +58,7 @@ def test_the_key_may_have_the_name_that_supabase_gives_it(
     assert load_settings().supabase_key.get_secret_value() == "secret-key"
 
 
-def test_every_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_missing_setting_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RIGHT:
         monkeypatch.delenv(name)
     with pytest.raises(SettingsError) as raised:
@@ -136,7 +136,7 @@ def test_the_alias_may_repeat_the_key_but_not_differ_from_it(
         ("LOG_LEVEL", "LOUD"),
     ],
 )
-def test_a_wrong_setting_is_named_and_its_value_is_not_told(
+def test_an_invalid_setting_is_reported_without_its_value(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -147,7 +147,7 @@ def test_a_wrong_setting_is_named_and_its_value_is_not_told(
     assert "secret" not in told
 
 
-def test_origins_are_read_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_origins_are_normalized(monkeypatch: pytest.MonkeyPatch) -> None:
     origins = "https://Kiosk.example.org:443, http://localhost:3000,http://shop.example.org:80"
     monkeypatch.setenv("CORS_ALLOWED_ORIGINS", origins)
     assert load_settings().cors_allowed_origins == (
@@ -155,7 +155,7 @@ def test_origins_are_read_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_white_space_around_a_key_is_forgiven(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whitespace_around_the_key_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SUPABASE_KEY", " secret-key\n")
     assert load_settings().supabase_key.get_secret_value() == "secret-key"
 
@@ -170,7 +170,7 @@ def test_white_space_around_a_key_is_forgiven(monkeypatch: pytest.MonkeyPatch) -
         ("https://user:pass@abc.supabase.co", "should not hold a user name or password"),
     ],
 )
-def test_a_wrong_address_of_the_project_is_told_what_to_write(
+def test_an_invalid_supabase_url_is_rejected_with_advice(
     monkeypatch: pytest.MonkeyPatch, value: str, told: str
 ) -> None:
     monkeypatch.setenv("SUPABASE_URL", value)
@@ -178,7 +178,7 @@ def test_a_wrong_address_of_the_project_is_told_what_to_write(
         load_settings()
 
 
-def test_a_key_of_another_project_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_of_another_project_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     claims = {"iss": "supabase", "ref": "def", "role": "service_role"}
     key = jwt.encode(claims, "a secret of thirty-two characters")
     monkeypatch.setenv("SUPABASE_KEY", key)
@@ -190,7 +190,7 @@ def test_a_key_of_another_project_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("quote", ['"', "'", ""])
 @pytest.mark.parametrize("around", ["", " ", "\n", "\r\n"])
-def test_quotes_and_white_space_around_every_value_are_removed(
+def test_quotes_and_whitespace_around_every_value_are_removed(
     monkeypatch: pytest.MonkeyPatch, quote: str, around: str
 ) -> None:
     values = RIGHT | {"LOG_LEVEL": "ERROR", "DEBITS_WAITING_MAX": "7", "AUTH_JWKS_URL": "https://a"}
@@ -215,7 +215,7 @@ def test_quotes_and_white_space_around_every_value_are_removed(
         ("PRODUCTS_CACHE_SECONDS", "0", 0),
     ],
 )
-def test_other_spellings_are_understood(
+def test_other_spellings_are_accepted(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str, meant: object
 ) -> None:
     monkeypatch.setenv(name, value)
@@ -237,7 +237,7 @@ FILE = "\n".join(f"{name}={value}" for name, value in RIGHT.items()) + "\n"
         f"a line of another program\n{FILE}".encode(),
     ],
 )
-def test_a_file_is_read_as_people_write_it(
+def test_common_forms_of_a_dotenv_file_are_accepted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: bytes
 ) -> None:
     for name in RIGHT:
@@ -262,7 +262,7 @@ def test_a_file_is_read_as_people_write_it(
         (b"SUPABASE_URL: https://abc.supabase.co\n", "has a line 1 that is not NAME=value"),
     ],
 )
-def test_a_file_that_cannot_be_read_stops_the_start_and_is_named(
+def test_an_unreadable_dotenv_file_stops_the_start_and_is_reported(
     tmp_path: Path, content: bytes, told: str
 ) -> None:
     (tmp_path / ".env").write_bytes(content)
@@ -271,13 +271,13 @@ def test_a_file_that_cannot_be_read_stops_the_start_and_is_named(
     assert str(tmp_path / ".env") in str(raised.value)
 
 
-def test_a_folder_in_the_place_of_the_file_stops_the_start(tmp_path: Path) -> None:
+def test_a_folder_named_dotenv_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / ".env").mkdir()
     with pytest.raises(SettingsError, match=r"\.env is a folder"):
         load_settings()
 
 
-def test_a_file_that_leads_nowhere_stops_the_start(tmp_path: Path) -> None:
+def test_a_broken_dotenv_symlink_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / ".env").symlink_to(tmp_path / ".env")
     with pytest.raises(SettingsError, match=r"\.env cannot be read"):
         load_settings()
@@ -299,7 +299,7 @@ def test_a_file_that_leads_nowhere_stops_the_start(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("place", [".env", "the environment"])
-def test_a_name_that_looks_like_a_setting_is_a_warning(
+def test_a_misspelled_setting_is_a_warning(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -318,7 +318,7 @@ def test_a_name_that_looks_like_a_setting_is_a_warning(
     assert "hidden" not in caplog.text
 
 
-def test_the_key_in_clear_is_a_warning_but_not_on_this_machine(
+def test_plain_http_to_supabase_is_a_warning_except_on_loopback(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for address, warned in (("http://localhost:54321", False), ("http://kong:8000", True)):
@@ -327,7 +327,7 @@ def test_the_key_in_clear_is_a_warning_but_not_on_this_machine(
         assert ("SUPABASE_URL begins with http://" in caplog.text) is warned
 
 
-def test_the_issuers_keys_come_encrypted_unless_that_is_waived(
+def test_the_jwks_url_requires_https_unless_plain_http_is_allowed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AUTH_JWKS_URL", "http://keycloak:8080/certs")
@@ -337,7 +337,7 @@ def test_the_issuers_keys_come_encrypted_unless_that_is_waived(
     assert load_settings().auth_jwks_url == "http://keycloak:8080/certs"
 
 
-def test_what_libraries_read_may_stand_in_the_file_and_in_quotes(
+def test_library_variables_may_be_in_the_dotenv_file_and_quoted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OTEL_SERVICE_NAME", '"shop"')
@@ -422,7 +422,7 @@ TRACED = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"}
         ({"HTTPS_PROXY": "http://127.0.0.1:port"}, "HTTPS_PROXY"),
     ],
 )
-def test_what_a_library_cannot_use_stops_the_start_and_is_named(
+def test_an_invalid_library_variable_stops_the_start_and_is_reported(
     tmp_path: Path, wrong: dict[str, str], named: str
 ) -> None:
     assert named in start(tmp_path, **RIGHT, **wrong)

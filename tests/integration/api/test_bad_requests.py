@@ -113,7 +113,7 @@ def post(service: httpx.Client, body: bytes, **headers: str) -> httpx.Response:
 
 
 @pytest.mark.parametrize(("body", "pointer"), BAD_BODIES.values(), ids=BAD_BODIES.keys())
-def test_a_bad_body_is_refused_and_its_fault_named(
+def test_an_invalid_body_is_rejected_with_a_pointer_to_the_error(
     service: httpx.Client, body: bytes, pointer: str
 ) -> None:
     response = post(service, body.replace(b"%(item)s", ITEM.encode()))
@@ -123,13 +123,13 @@ def test_a_bad_body_is_refused_and_its_fault_named(
     assert all(fault["detail"] for fault in problem["errors"])
 
 
-def test_all_faults_of_a_body_are_named_at_once(service: httpx.Client) -> None:
+def test_all_errors_of_a_body_are_reported_together(service: httpx.Client) -> None:
     problem = post(service, b'{"user_id": 0, "amount": 1}').json()
     pointers = {fault["pointer"] for fault in problem["errors"]}
     assert pointers == {"#/user_id", "#/item_id", "#/amount"}
 
 
-def test_a_flood_of_faults_is_answered_briefly(service: httpx.Client) -> None:
+def test_a_body_with_many_errors_gets_a_short_response(service: httpx.Client) -> None:
     fields = ",".join(f'"{n}{"/~" * 50}": 1' for n in range(100))
     response = post(service, f"{{{fields}}}".encode())
     assert response.status_code == 422
@@ -139,7 +139,7 @@ def test_a_flood_of_faults_is_answered_briefly(service: httpx.Client) -> None:
 @pytest.mark.parametrize(
     "content_type", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp"]
 )
-def test_another_content_type_is_refused(service: httpx.Client, content_type: str) -> None:
+def test_other_content_types_are_rejected(service: httpx.Client, content_type: str) -> None:
     body = f'{{"user_id": 1, "item_id": "{ITEM}"}}'.encode()
     response = post(service, body, **{"Content-Type": content_type})
     assert response.status_code == 422
@@ -152,7 +152,7 @@ NOBODYS = f'{{"user_id": 987654321, "item_id": "{UUID(int=5)}"}}'
 
 
 @pytest.mark.parametrize("charset", ["utf-8", '"UTF8"', "us-ascii", "ISO-8859-1"])
-def test_a_charset_in_the_content_type_is_no_fault(service: httpx.Client, charset: str) -> None:
+def test_a_charset_in_the_content_type_is_accepted(service: httpx.Client, charset: str) -> None:
     content_type = f"Application/JSON; charset={charset}"
     response = post(service, NOBODYS.encode(), **{"Content-Type": content_type})
     assert response.json()["code"] == "item_not_found"
@@ -172,7 +172,7 @@ def test_a_charset_in_the_content_type_is_no_fault(service: httpx.Client, charse
         (NOBODYS.encode(), {"Content-Type": "application/json; charset=utf-16"}, "utf-16"),
     ],
 )
-def test_an_encoding_that_is_not_supported_is_named(
+def test_an_unsupported_encoding_is_reported_by_name(
     service: httpx.Client, body: bytes, headers: dict[str, str], named: str
 ) -> None:
     response = post(service, body, **headers)
@@ -181,21 +181,21 @@ def test_an_encoding_that_is_not_supported_is_named(
     assert re.search(rf"\b{named}\b", problem["detail"])
 
 
-def test_a_byte_order_mark_is_no_fault(service: httpx.Client) -> None:
+def test_a_byte_order_mark_is_accepted(service: httpx.Client) -> None:
     assert post(service, NOBODYS.encode("utf-8-sig")).json()["code"] == "item_not_found"
 
 
-def test_identity_is_no_encoding(service: httpx.Client) -> None:
+def test_content_encoding_identity_is_accepted(service: httpx.Client) -> None:
     response = post(service, NOBODYS.encode(), **{"Content-Encoding": "identity"})
     assert response.json()["code"] == "item_not_found"
 
 
-def test_an_item_as_a_urn_is_no_duplicate(service: httpx.Client) -> None:
+def test_an_item_id_may_be_a_urn(service: httpx.Client) -> None:
     body = f'{{"user_id": 987654321, "item_id": "urn:uuid:{UUID(int=5)}"}}'
     assert post(service, body.encode()).json()["code"] == "item_not_found"
 
 
-def test_a_json_number_with_leading_zeros_gets_advice(service: httpx.Client) -> None:
+def test_a_json_number_with_leading_zeros_is_rejected_with_advice(service: httpx.Client) -> None:
     problem = post(service, f'{{"user_id": 0001001, "item_id": "{ITEM}"}}'.encode()).json()
     assert problem["code"] == "invalid_request"
     assert "leading zeros: send a card number as a string" in problem["errors"][0]["detail"]
@@ -212,7 +212,7 @@ def test_a_json_number_with_leading_zeros_gets_advice(service: httpx.Client) -> 
         ("user_id=000&idempotency_key=a", "user_id"),
     ],
 )
-def test_a_bad_query_is_refused_and_its_parameter_named(
+def test_an_invalid_query_is_rejected_with_the_parameter_name(
     service: httpx.Client, query: str, parameter: str
 ) -> None:
     response = service.get(f"/payments/outcome?{query}")
@@ -221,7 +221,7 @@ def test_a_bad_query_is_refused_and_its_parameter_named(
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["Content-Length", "chunked"])
-def test_a_body_over_16_kib_is_refused(service: httpx.Client, told: bool) -> None:
+def test_a_body_over_16_kib_is_rejected(service: httpx.Client, told: bool) -> None:
     body = b" " * (BODY_BYTES_MAX + 1)
     response = service.post(
         "/payments/debit",
@@ -231,13 +231,13 @@ def test_a_body_over_16_kib_is_refused(service: httpx.Client, told: bool) -> Non
     assert (response.status_code, response.json()["code"]) == (413, "request_too_large")
 
 
-def test_a_body_of_16_kib_is_read(service: httpx.Client) -> None:
+def test_a_body_of_16_kib_is_accepted(service: httpx.Client) -> None:
     body = f'{{"user_id": 987654321, "item_id": "{UUID(int=5)}"}}'.encode()
     response = post(service, body.ljust(BODY_BYTES_MAX))
     assert response.json()["code"] == "item_not_found"
 
 
-def test_unknown_paths_and_methods_are_problems(service: httpx.Client) -> None:
+def test_unknown_paths_and_methods_return_problems(service: httpx.Client) -> None:
     unknown = service.get("/nowhere")
     assert (unknown.status_code, unknown.json()["code"]) == (404, "not_found")
     slash = service.post("/payments/debit/", json={})

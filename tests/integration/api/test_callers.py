@@ -17,7 +17,7 @@ GET_PATHS = [
 
 
 @pytest.mark.parametrize("path", GET_PATHS)
-def test_head_is_like_get_without_a_body(service: httpx.Client, path: str) -> None:
+def test_head_returns_the_headers_of_get_without_a_body(service: httpx.Client, path: str) -> None:
     get, head = service.get(path), service.head(path)
     assert (head.status_code, head.content) == (get.status_code, b"")
     assert head.headers["content-type"] == get.headers["content-type"]
@@ -26,12 +26,12 @@ def test_head_is_like_get_without_a_body(service: httpx.Client, path: str) -> No
     assert service.head("/payments/debit").status_code == 405
 
 
-def test_the_document_has_no_head_operations(service: httpx.Client) -> None:
+def test_the_openapi_document_has_no_head_operations(service: httpx.Client) -> None:
     document = service.get("/openapi.json").json()
     assert all("head" not in methods for methods in document["paths"].values())
 
 
-def test_responses_are_not_stored_and_not_guessed_at(service: httpx.Client) -> None:
+def test_responses_forbid_caching_and_content_sniffing(service: httpx.Client) -> None:
     for path in ("/health", "/problems", "/nowhere", "/payments/outcome", "/openapi.json"):
         headers = service.get(path).headers
         assert headers.get_list("cache-control") == ["no-store"], path
@@ -42,7 +42,7 @@ def test_responses_are_not_stored_and_not_guessed_at(service: httpx.Client) -> N
         assert headers.get_list("x-content-type-options") == ["nosniff"], path
 
 
-def test_a_card_number_with_leading_zeros_is_the_same_user(
+def test_a_card_number_with_leading_zeros_identifies_the_same_user(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(balance=1000), database.add_item(price=350)
@@ -55,7 +55,7 @@ def test_a_card_number_with_leading_zeros_is_the_same_user(
 
 
 @pytest.mark.parametrize("quoted", [False, True])
-def test_the_key_of_a_lookup_may_be_in_the_header(
+def test_a_lookup_accepts_the_idempotency_key_in_the_header(
     service: httpx.Client, database: Database, quoted: bool
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -85,7 +85,7 @@ def preflight(service: httpx.Client, origin: str) -> httpx.Response:
     return service.options("/payments/debit", headers=headers)
 
 
-def test_a_page_of_an_allowed_origin_may_charge(
+def test_cors_allows_debits_from_a_configured_origin(
     start_service: Callable[..., httpx.Client], database: Database
 ) -> None:
     service = start_service(cors_allowed_origins=f"https://other.example.org, {ORIGIN}:443")
@@ -103,7 +103,7 @@ def test_a_page_of_an_allowed_origin_may_charge(
         assert {"Idempotent-Replayed", "Retry-After", "X-Request-ID"} <= set(exposed.split(", "))
 
 
-def test_a_page_of_another_origin_may_not(start_service: Callable[..., httpx.Client]) -> None:
+def test_cors_rejects_other_origins(start_service: Callable[..., httpx.Client]) -> None:
     service = start_service(cors_allowed_origins=ORIGIN)
     for origin in ("https://evil.example.org", "http://kiosk.example.org", "null"):
         refused = preflight(service, origin)
@@ -111,13 +111,13 @@ def test_a_page_of_another_origin_may_not(start_service: Callable[..., httpx.Cli
         assert "access-control-allow-origin" not in refused.headers
 
 
-def test_no_page_of_another_origin_may_by_default(service: httpx.Client) -> None:
+def test_cors_is_off_by_default(service: httpx.Client) -> None:
     assert preflight(service, ORIGIN).status_code == 405
     response = service.post("/payments/debit", json={}, headers={"Origin": ORIGIN})
     assert not [name for name in response.headers if name.startswith("access-control")]
 
 
-def test_a_refused_connection_is_logged_as_what_it_is(
+def test_a_refused_connection_is_not_logged_as_a_timeout(
     start_service: Callable[..., httpx.Client], caplog: pytest.LogCaptureFixture
 ) -> None:
     start_service(supabase_url=f"http://127.0.0.1:{free_port()}")

@@ -41,7 +41,7 @@ def addresses(html: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_allows_only_what_comes_from_here(service: httpx.Client, page: str) -> None:
+def test_a_page_has_a_strict_content_security_policy(service: httpx.Client, page: str) -> None:
     response = service.get(page)
     assert response.status_code == 200
     assert response.headers["content-type"] == "text/html; charset=utf-8"
@@ -60,7 +60,7 @@ def test_a_page_allows_only_what_comes_from_here(service: httpx.Client, page: st
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_file_that_a_page_names_is_served_from_here(service: httpx.Client, page: str) -> None:
+def test_every_file_of_a_page_is_served_by_the_service(service: httpx.Client, page: str) -> None:
     for address in addresses(service.get(page).text):
         assert "//" not in address
         response = service.get(urljoin(page, address))
@@ -71,16 +71,14 @@ def test_every_file_that_a_page_names_is_served_from_here(service: httpx.Client,
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_works_under_a_prefix_that_a_proxy_takes_off(
-    service: httpx.Client, page: str
-) -> None:
+def test_a_page_works_behind_a_proxy_that_strips_a_prefix(service: httpx.Client, page: str) -> None:
     for address in addresses(service.get(page).text):
         assert urljoin(f"https://shop.example/pay{page}", address).startswith(
             ("https://shop.example/pay/docs/assets/", "https://shop.example/pay/openapi.json")
         )
 
 
-def test_a_file_is_asked_for_again_and_not_sent_again(service: httpx.Client) -> None:
+def test_a_cached_file_is_revalidated_with_its_etag(service: httpx.Client) -> None:
     file = service.get("/docs/assets/swagger-ui-bundle.js")
     again = service.get(file.url, headers={"If-None-Match": file.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
@@ -91,13 +89,13 @@ def test_a_file_is_asked_for_again_and_not_sent_again(service: httpx.Client) -> 
     "path",
     ["", "/", "/no-such-file.js", "/..%2f..%2fmain.py", "/%2e%2e/documentation.py", "//etc/passwd"],
 )
-def test_there_are_no_other_files(service: httpx.Client, path: str) -> None:
+def test_other_paths_below_assets_are_not_found(service: httpx.Client, path: str) -> None:
     response = service.get(f"/docs/assets{path}")
     assert response.headers["content-type"] == "application/problem+json"
     assert (response.status_code, response.json()["code"]) == (404, "not_found")
 
 
-def test_files_are_counted_together_whatever_they_are_called(service: httpx.Client) -> None:
+def test_requests_for_files_share_one_route_label(service: httpx.Client) -> None:
     service.get("/docs/assets/no-such-file.js")
     metrics = service.get("/metrics").text
     assert 'route="/docs/assets",status="404"' in metrics
@@ -105,7 +103,7 @@ def test_files_are_counted_together_whatever_they_are_called(service: httpx.Clie
 
 
 @pytest.mark.parametrize("path", [*PAGES, "/docs/assets/page.css"])
-def test_a_page_and_its_files_are_only_read(service: httpx.Client, path: str) -> None:
+def test_pages_and_files_allow_only_get(service: httpx.Client, path: str) -> None:
     response = service.post(path)
     assert (response.status_code, response.json()["code"]) == (405, "method_not_allowed")
     assert "GET" in response.headers["allow"]

@@ -30,7 +30,7 @@ def api_schema(service: httpx.Client, migrated_port: int) -> Any:
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 @pytest.mark.parametrize(("path", "method"), OPERATIONS)
-def test_every_answer_is_as_documented(
+def test_every_response_matches_the_openapi_document(
     api_schema: Any, path: str, method: str, mode: GenerationMode
 ) -> None:
     operation = api_schema[path][method]
@@ -73,7 +73,7 @@ def may_be_refused(case: Any, response: Any) -> bool:
     return too_large or fraction or response.json()["code"] == "idempotency_key_reused"
 
 
-def test_the_examples_of_the_document_work_on_the_seed(
+def test_the_documented_examples_work_with_the_seed_data(
     api_schema: Any, service: httpx.Client, database: Database
 ) -> None:
     database.connection.execute('update public."Users" set balance = 5000 where card_id = 1001')
@@ -86,7 +86,7 @@ def test_the_examples_of_the_document_work_on_the_seed(
     assert answer.json()["amount"] == documented["amount"]
 
 
-def test_every_refusal_that_is_documented_is_a_problem() -> None:
+def test_every_documented_error_is_a_problem() -> None:
     document = create_app().openapi()
     assert (
         set(document["components"]["schemas"]) & {"HTTPValidationError", "ValidationError"} == set()

@@ -7,7 +7,7 @@ import pytest
 from issuer import LET_IN, Issuer, Start, ask, code, make_token, start
 from servers import await_true
 
-from app.api.readiness import Readiness
+from app.server.readiness import Readiness
 from app.telemetry.metrics import Metrics
 
 
@@ -33,7 +33,7 @@ def test_a_service_without_the_issuers_keys_is_not_ready(
     assert service.get("/ready").json()["dependencies"]["issuer"] == "ok"
 
 
-def test_a_later_outage_of_the_issuer_does_not_turn_readiness_off(
+def test_the_service_stays_ready_during_an_outage_of_the_issuer(
     start_service: Start, issuer: Issuer
 ) -> None:
     service = start(start_service, issuer)
@@ -46,11 +46,11 @@ def test_a_later_outage_of_the_issuer_does_not_turn_readiness_off(
     assert code(ask(service, make_token())) == LET_IN
 
 
-def test_the_issuer_is_not_listed_where_no_token_is_needed(service: httpx.Client) -> None:
+def test_the_issuer_is_not_listed_without_authentication(service: httpx.Client) -> None:
     assert set(service.get("/ready").json()["dependencies"]) == {"ledger", "products"}
 
 
-def test_a_fault_of_a_check_is_logged_and_the_check_repeated(
+def test_a_bug_in_a_readiness_check_is_logged_and_the_check_is_repeated(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     faults = [RuntimeError("a bug"), KeyError("another"), None]

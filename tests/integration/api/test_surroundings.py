@@ -31,14 +31,14 @@ def test_health_needs_no_dependency(start_service: Callable[..., httpx.Client]) 
     assert (response.status_code, response.json()) == (200, {"status": "healthy"})
 
 
-def test_ready_once_the_ledger_has_answered(service: httpx.Client) -> None:
+def test_the_service_is_ready_once_the_ledger_has_responded(service: httpx.Client) -> None:
     await_ready(service.base_url)
     response = service.get("/ready")
     assert response.json()["status"] == "ready"
     assert response.json()["dependencies"]["ledger"] == "ok"
 
 
-def test_a_missing_migration_never_becomes_ready(
+def test_the_service_never_becomes_ready_without_the_migrations(
     start_service: Callable[..., httpx.Client],
     database: Database,
     postgres_port: int,
@@ -59,7 +59,7 @@ def test_a_missing_migration_never_becomes_ready(
     assert "the migrations are applied" in caplog.text
 
 
-def test_an_outage_after_the_start_does_not_turn_readiness_off(
+def test_the_service_stays_ready_during_an_outage_of_the_ledger(
     start_service: Callable[..., httpx.Client], database: Database, migrated_port: int
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -75,7 +75,7 @@ def test_an_outage_after_the_start_does_not_turn_readiness_off(
     assert database.debits(user_id) == []
 
 
-def test_a_request_id_is_echoed_or_made(service: httpx.Client) -> None:
+def test_a_request_id_is_echoed_or_generated(service: httpx.Client) -> None:
     assert service.get("/health", headers={"X-Request-ID": "till-7"}).headers["x-request-id"] == (
         "till-7"
     )
@@ -84,7 +84,7 @@ def test_a_request_id_is_echoed_or_made(service: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("request_id", ["", "with space", "x" * 129, "å"])
-def test_an_unusable_request_id_is_replaced(service: httpx.Client, request_id: str) -> None:
+def test_an_invalid_request_id_is_replaced(service: httpx.Client, request_id: str) -> None:
     response = service.get("/health", headers={b"X-Request-ID": request_id.encode()})
     assert re.fullmatch("[0-9a-f]{32}", response.headers["x-request-id"])
 
@@ -130,7 +130,9 @@ def broken_service() -> Iterator[httpx.Client]:
         yield client
 
 
-def test_a_bug_is_answered_as_one_and_tells_nothing_internal(broken_service: httpx.Client) -> None:
+def test_a_bug_returns_internal_error_without_internal_details(
+    broken_service: httpx.Client,
+) -> None:
     response = broken_service.get("/broken", headers={"X-Request-ID": "till-7"})
     assert (response.status_code, response.json()["code"]) == (500, "internal_error")
     assert response.headers["x-request-id"] == response.json()["request_id"] == "till-7"
@@ -179,7 +181,7 @@ def test_every_response_of_the_debit_is_documented_with_an_example(
             assert example["value"]["status"] == int(status) == PROBLEMS[code].status
 
 
-def test_every_reference_in_the_document_leads_somewhere(document: dict[str, Any]) -> None:
+def test_every_reference_in_the_openapi_document_resolves(document: dict[str, Any]) -> None:
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(document["components"]["schemas"])
     assert {"DebitRequest", "Payment", "Problem"} <= references

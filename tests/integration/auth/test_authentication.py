@@ -35,12 +35,12 @@ def service(start_service: Start, issuer: Issuer) -> httpx.Client:
     return start(start_service, issuer)
 
 
-def test_a_valid_token_is_let_in(service: httpx.Client) -> None:
+def test_a_valid_token_is_accepted(service: httpx.Client) -> None:
     assert code(ask(service, make_token())) == LET_IN
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_keys_of_every_asymmetric_kind_are_understood(start_service: Start, algorithm: str) -> None:
+def test_every_asymmetric_algorithm_is_supported(start_service: Start, algorithm: str) -> None:
     with Issuer(published("key", algorithm)) as issuer:
         service = start(start_service, issuer)
         assert code(ask(service, make_token("key", algorithm))) == LET_IN
@@ -49,9 +49,7 @@ def test_keys_of_every_asymmetric_kind_are_understood(start_service: Start, algo
         )
 
 
-def test_a_debit_needs_a_token_and_is_done_with_one(
-    service: httpx.Client, database: Database
-) -> None:
+def test_a_debit_requires_a_token(service: httpx.Client, database: Database) -> None:
     user_id = database.add_user()
     body = {"user_id": user_id, "item_id": str(database.add_item())}
     refused = service.post("/payments/debit", json=body)
@@ -176,7 +174,7 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_invalid_token_is_refused_and_told_why(service: httpx.Client, name: str) -> None:
+def test_an_invalid_token_is_rejected_with_the_reason(service: httpx.Client, name: str) -> None:
     token, why = REFUSED[name]
     response = ask(service, token())
     assert (response.status_code, code(response)) == (401, "unauthenticated")
@@ -195,7 +193,7 @@ def test_an_invalid_token_is_refused_and_told_why(service: httpx.Client, name: s
         lambda: {"padding": "a" * 10_000},
     ],
 )
-def test_a_token_is_accepted_as_issuers_write_it(
+def test_claims_are_accepted_in_every_form_that_issuers_use(
     service: httpx.Client, claims: Callable[[], dict[str, Any]]
 ) -> None:
     token = make_token(**claims())
@@ -203,12 +201,12 @@ def test_a_token_is_accepted_as_issuers_write_it(
     assert code(ask(service, token)) == LET_IN
 
 
-def test_a_token_that_ended_a_moment_ago_is_accepted(service: httpx.Client) -> None:
+def test_a_token_that_expired_within_the_leeway_is_accepted(service: httpx.Client) -> None:
     assert code(ask(service, make_token(exp=int(time.time()) - 1))) == LET_IN
 
 
 @pytest.mark.parametrize("kind", ["at+jwt", "JWT", "application/at+JWT"])
-def test_access_tokens_may_name_their_type(service: httpx.Client, kind: str) -> None:
+def test_an_access_token_may_have_a_type_header(service: httpx.Client, kind: str) -> None:
     claims = {"iss": ISSUER, "aud": AUDIENCE, "exp": int(time.time()) + 60, "scope": ROLE}
     assert code(ask(service, sign(json.dumps(claims).encode(), typ=kind))) == LET_IN
 
@@ -221,26 +219,26 @@ def call(service: httpx.Client, *authorization: str) -> httpx.Response:
     )
 
 
-def test_a_missing_token_is_told_apart_from_an_invalid_one(service: httpx.Client) -> None:
+def test_a_missing_token_gets_another_challenge_than_an_invalid_one(service: httpx.Client) -> None:
     for response in (call(service), call(service, "")):
         assert (response.status_code, code(response)) == (401, "unauthenticated")
         assert response.json()["detail"].startswith("The token is missing")
         assert response.headers["www-authenticate"] == "Bearer"
 
 
-def test_the_header_is_read_as_clients_write_it(service: httpx.Client) -> None:
+def test_the_bearer_scheme_accepts_any_case_and_whitespace(service: httpx.Client) -> None:
     for scheme in ("bearer ", "BEARER ", "Bearer   ", "Bearer\t"):
         assert code(call(service, f"{scheme}{make_token()}")) == LET_IN
 
 
-def test_two_tokens_are_refused(service: httpx.Client) -> None:
+def test_two_authorization_headers_are_rejected(service: httpx.Client) -> None:
     response = call(service, f"Bearer {make_token()}", f"Bearer {make_token()}")
     assert code(response) == "unauthenticated"
     assert "more than one" in response.json()["detail"]
 
 
 @pytest.mark.parametrize("header", ["Basic dXNlcjpwYXNz", "Bearer", "token abc"])
-def test_only_bearer_tokens_are_understood(service: httpx.Client, header: str) -> None:
+def test_other_authorization_schemes_are_rejected(service: httpx.Client, header: str) -> None:
     response = service.get(
         "/payments/outcome",
         params={"user_id": "1", "idempotency_key": "k"},
@@ -281,29 +279,33 @@ def test_a_token_without_the_role_is_forbidden(
         {"resource_access": {AUDIENCE: {"roles": [ROLE]}}},
     ],
 )
-def test_the_role_is_found_where_issuers_write_it(
+def test_the_role_is_found_in_every_claim_that_issuers_use(
     service: httpx.Client, claims: dict[str, Any]
 ) -> None:
     assert code(ask(service, make_token(realm_access=None, **claims))) == LET_IN
 
 
-def test_what_is_not_configured_is_not_asked(start_service: Start, issuer: Issuer) -> None:
+def test_claims_without_a_configured_rule_are_not_checked(
+    start_service: Start, issuer: Issuer
+) -> None:
     service = start_service(auth_jwks_url=issuer.url)
     assert code(ask(service, make_token(iss="x", aud="y", realm_access=None))) == LET_IN
     assert code(ask(service, make_token(exp=int(time.time()) - 60))) == "unauthenticated"
 
 
-def test_a_malformed_request_is_told_so_before_who_sent_it(service: httpx.Client) -> None:
+def test_validation_errors_come_before_authentication_errors(service: httpx.Client) -> None:
     assert code(service.post("/payments/debit", json={"user_id": 1})) == "invalid_request"
     assert code(service.get("/payments/outcome?user_id=1")) == "invalid_request"
 
 
-def test_only_payments_need_a_token(service: httpx.Client) -> None:
+def test_only_payment_routes_require_a_token(service: httpx.Client) -> None:
     for path in ("/health", "/metrics", "/problems", "/docs", "/openapi.json"):
         assert service.get(path).status_code == 200
 
 
-def test_the_document_asks_for_the_token(service: httpx.Client, start_service: Start) -> None:
+def test_the_openapi_document_declares_the_bearer_token(
+    service: httpx.Client, start_service: Start
+) -> None:
     document = service.get("/openapi.json").json()
     assert document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
     for path, operations in document["paths"].items():
@@ -314,7 +316,7 @@ def test_the_document_asks_for_the_token(service: httpx.Client, start_service: S
     assert "securitySchemes" not in open_to_all["components"]
 
 
-def test_the_log_names_the_rules_that_are_missing(
+def test_the_log_warns_about_missing_token_rules(
     start_service: Start, issuer: Issuer, caplog: pytest.LogCaptureFixture
 ) -> None:
     start_service(auth_jwks_url=issuer.url)
@@ -322,7 +324,7 @@ def test_the_log_names_the_rules_that_are_missing(
     assert told == ["AUTH_REQUIRED_ROLE", "AUTH_AUDIENCE"]
 
 
-def test_the_log_warns_once_that_anybody_may_call(
+def test_the_log_warns_once_that_authentication_is_off(
     start_service: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = start_service()
@@ -332,7 +334,7 @@ def test_the_log_warns_once_that_anybody_may_call(
     assert len(warnings) == 1
 
 
-def test_a_token_that_was_accepted_ends_when_it_says(service: httpx.Client) -> None:
+def test_an_accepted_token_expires_on_time(service: httpx.Client) -> None:
     ends_at = int(time.time()) + 2
     token = make_token(exp=ends_at - LEEWAY_SECONDS)
     assert code(ask(service, token)) == LET_IN

@@ -46,13 +46,15 @@ def service(start_service: Start, issuer: Issuer) -> httpx.Client:
     return start(start_service, issuer)
 
 
-def test_the_keys_are_asked_for_once(service: httpx.Client, issuer: Issuer) -> None:
+def test_the_keys_are_fetched_once(service: httpx.Client, issuer: Issuer) -> None:
     for _ in range(5):
         assert code(ask(service, make_token())) == LET_IN
     assert issuer.calls == 1
 
 
-def test_unknown_keys_cause_one_refresh_and_no_storm(service: httpx.Client, issuer: Issuer) -> None:
+def test_concurrent_requests_with_an_unknown_key_share_a_refresh(
+    service: httpx.Client, issuer: Issuer
+) -> None:
     assert code(ask(service, make_token())) == LET_IN
     tokens = [make_token("unknown", sub=str(number)) for number in range(40)]
     with ThreadPoolExecutor(20) as pool:
@@ -63,7 +65,9 @@ def test_unknown_keys_cause_one_refresh_and_no_storm(service: httpx.Client, issu
     assert issuer.calls in (2, 3)
 
 
-def test_made_up_keys_wait_for_one_refresh_a_second(service: httpx.Client, issuer: Issuer) -> None:
+def test_unknown_key_ids_cause_at_most_one_refresh_per_second(
+    service: httpx.Client, issuer: Issuer
+) -> None:
     started = time.monotonic()
     with ThreadPoolExecutor(20) as pool:
         names = [f"made-up-{number}" for number in range(40)]
@@ -73,7 +77,7 @@ def test_made_up_keys_wait_for_one_refresh_a_second(service: httpx.Client, issue
     assert issuer.calls <= 2 + (time.monotonic() - started)
 
 
-def test_a_token_signed_with_a_new_key_is_let_in_at_once(
+def test_a_token_signed_with_a_new_key_is_accepted_immediately(
     service: httpx.Client, issuer: Issuer
 ) -> None:
     assert code(ask(service, make_token())) == LET_IN
@@ -83,7 +87,7 @@ def test_a_token_signed_with_a_new_key_is_let_in_at_once(
     assert issuer.calls == 2
 
 
-def test_a_withdrawn_key_is_refused_after_the_refresh(
+def test_a_withdrawn_key_is_rejected_after_the_refresh(
     service: httpx.Client, issuer: Issuer
 ) -> None:
     token = make_token()
@@ -93,7 +97,7 @@ def test_a_withdrawn_key_is_refused_after_the_refresh(
     assert code(ask(service, token)) == "unauthenticated"
 
 
-def test_a_new_key_is_found_although_the_keys_were_just_being_fetched(
+def test_a_key_published_during_a_fetch_is_found(
     start_service: Start,
 ) -> None:
     with HeldIssuer() as issuer, ThreadPoolExecutor(2) as callers:
@@ -108,7 +112,9 @@ def test_a_new_key_is_found_although_the_keys_were_just_being_fetched(
         assert [code(first.result()), code(second.result())] == [LET_IN, LET_IN]
 
 
-def test_known_keys_go_on_while_the_issuer_is_down(service: httpx.Client, issuer: Issuer) -> None:
+def test_known_keys_stay_valid_while_the_issuer_is_down(
+    service: httpx.Client, issuer: Issuer
+) -> None:
     assert code(ask(service, make_token())) == LET_IN
     issuer.is_up = False
     unknown = ask(service, make_token("second"))
@@ -130,7 +136,7 @@ async def opened(url: str, **limits: Any) -> AsyncIterator[IssuerKeys]:
         await keys.close()
 
 
-def test_requests_at_a_time_that_name_an_unknown_key_share_one_refresh(issuer: Issuer) -> None:
+def test_concurrent_lookups_of_an_unknown_key_share_one_refresh(issuer: Issuer) -> None:
     async def use_keys() -> None:
         async with opened(issuer.url) as keys:
             assert await keys.get("first") is not None
@@ -150,7 +156,7 @@ async def kept_fresh(keys: IssuerKeys) -> AsyncIterator[None]:
     await asyncio.gather(refreshing, return_exceptions=True)
 
 
-def test_a_withdrawn_key_ends_with_the_next_refresh_although_nobody_calls(issuer: Issuer) -> None:
+def test_a_withdrawn_key_is_removed_by_the_background_refresh(issuer: Issuer) -> None:
     async def use_keys() -> None:
         async with opened(issuer.url, age_seconds_max=0, failure_seconds=0.2) as keys:
             await keys.check()
@@ -170,7 +176,7 @@ def test_a_withdrawn_key_ends_with_the_next_refresh_although_nobody_calls(issuer
 
 @pytest.mark.alone
 @repeated_if_too_slow
-def test_nobody_waits_for_a_known_key_while_the_issuer_is_silent() -> None:
+def test_a_known_key_is_returned_without_waiting_for_a_silent_issuer() -> None:
     with HeldIssuer() as issuer:
 
         async def use_keys() -> None:
@@ -193,7 +199,7 @@ def test_nobody_waits_for_a_known_key_while_the_issuer_is_silent() -> None:
         asyncio.run(use_keys())
 
 
-def test_a_key_that_did_not_change_is_the_same_object_after_a_refresh(issuer: Issuer) -> None:
+def test_a_refresh_keeps_the_objects_of_unchanged_keys(issuer: Issuer) -> None:
     issuer.keys = [published("first", "RS256"), published("second", "ES256")]
 
     async def use_keys() -> None:
@@ -210,7 +216,7 @@ def test_a_key_that_did_not_change_is_the_same_object_after_a_refresh(issuer: Is
 
 @pytest.mark.alone
 @repeated_if_too_slow
-def test_callers_are_told_at_once_for_a_second_that_the_issuer_failed() -> None:
+def test_requests_fail_immediately_for_a_second_after_the_issuer_failed() -> None:
     async def use_keys(url: str) -> None:
         async with opened(url, timeout_seconds=0.2) as keys:
             for wait_seconds in (0.2, 0, 0):
@@ -226,7 +232,7 @@ def test_callers_are_told_at_once_for_a_second_that_the_issuer_failed() -> None:
     assert len(silent.requests) == 1
 
 
-def test_waiting_for_the_issuer_is_part_of_the_time_that_a_request_has(
+def test_waiting_for_the_issuer_ends_at_the_request_deadline(
     start_service: Start,
 ) -> None:
     with RawServer(None, holds=True) as silent:
@@ -249,7 +255,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
-def test_an_answer_without_keys_is_no_word_about_the_token(
+def test_a_response_without_keys_does_not_make_the_token_invalid(
     start_service: Start, body: bytes
 ) -> None:
     with RawServer(http_answer("200 OK", body)) as issuer:
@@ -257,7 +263,7 @@ def test_an_answer_without_keys_is_no_word_about_the_token(
         assert code(ask(service, make_token())) == "authentication_unavailable"
 
 
-def test_a_token_need_not_name_the_only_key_but_one_of_several(start_service: Start) -> None:
+def test_a_token_must_name_its_key_if_there_are_several(start_service: Start) -> None:
     with Issuer() as issuer:
         service = start(start_service, issuer)
         token = make_token(key_id="")
@@ -268,7 +274,7 @@ def test_a_token_need_not_name_the_only_key_but_one_of_several(start_service: St
     assert refused.json()["detail"].startswith("The token does not name its key (kid)")
 
 
-def test_keys_for_other_uses_are_left_out(start_service: Start) -> None:
+def test_keys_for_other_uses_are_ignored(start_service: Start) -> None:
     secret = {"kty": "oct", "k": "c2VjcmV0", "kid": "secret", "alg": "HS256"}
     for_encryption = published("first", "RS256", use="enc", alg="RSA-OAEP")
     with Issuer(secret, for_encryption, published("second", "RS256", use="enc")) as issuer:
@@ -291,19 +297,19 @@ def test_keys_for_other_uses_are_left_out(start_service: Start) -> None:
     # Not the key itself: it is random, and each worker of pytest-xdist has to collect the same.
     ids=["a number as n", "algorithm none", "type none", "a list as kid", "a text", "null"],
 )
-def test_a_key_that_cannot_be_read_spoils_no_other(start_service: Start, odd: Any) -> None:
+def test_an_invalid_key_does_not_affect_other_keys(start_service: Start, odd: Any) -> None:
     with Issuer(odd, published("first", "RS256")) as issuer:
         assert code(ask(start(start_service, issuer), make_token())) == LET_IN
 
 
-def test_an_rsa_key_that_names_no_algorithm_goes_with_any_of_its_kind(start_service: Start) -> None:
+def test_an_rsa_key_without_an_algorithm_is_accepted(start_service: Start) -> None:
     with Issuer(published("first", "RS256")) as issuer:
         del issuer.keys[0]["alg"]
         service = start(start_service, issuer)
         assert code(ask(service, make_token("first", "RS256"))) == LET_IN
 
 
-def test_several_keys_of_one_id_are_all_valid(start_service: Start) -> None:
+def test_keys_with_the_same_id_are_all_valid(start_service: Start) -> None:
     signed_by = [("a", "RS256"), ("a", "RS512"), ("a", "ES256"), ("b", "RS256"), ("c", "EdDSA")]
     keys = [published(name, algorithm) | {"kid": "one"} for name, algorithm in signed_by]
     with Issuer(*keys) as issuer:
@@ -316,7 +322,7 @@ def test_several_keys_of_one_id_are_all_valid(start_service: Start) -> None:
         assert forged.json()["detail"] == "The token's signature is not valid"
 
 
-def test_a_key_of_several_with_one_id_ends_when_it_is_withdrawn(start_service: Start) -> None:
+def test_a_withdrawn_key_is_removed_although_another_has_its_id(start_service: Start) -> None:
     with Issuer(published("a", "RS256") | {"kid": "one"}) as issuer:
         issuer.keys.append(published("b", "ES256") | {"kid": "one"})
         service = start(start_service, issuer)
@@ -327,7 +333,7 @@ def test_a_key_of_several_with_one_id_ends_when_it_is_withdrawn(start_service: S
         assert code(ask(service, token)) == "unauthenticated"
 
 
-def test_an_issuer_that_asks_to_wait_is_not_called_meanwhile(start_service: Start) -> None:
+def test_an_issuer_is_not_called_before_its_retry_after(start_service: Start) -> None:
     head = b"HTTP/1.1 429 Too Many\r\nRetry-After: 30\r\nContent-Length: 0\r\n"
     with RawServer(head + b"Connection: close\r\n\r\n") as issuer:
         service = start_service(auth_jwks_url=issuer.url)
@@ -344,7 +350,7 @@ def test_an_issuer_that_asks_to_wait_is_not_called_meanwhile(start_service: Star
     ],
     ids=["refused", "unresolved"],
 )
-def test_the_log_tells_why_the_keys_did_not_come(
+def test_the_log_says_why_the_keys_could_not_be_fetched(
     start_service: Start, caplog: pytest.LogCaptureFixture, url: str, reason: str
 ) -> None:
     service = start_service(auth_jwks_url=url, auth_plain_http_allowed=True)
@@ -352,7 +358,7 @@ def test_the_log_tells_why_the_keys_did_not_come(
     assert f"cannot be fetched from AUTH_JWKS_URL: {reason}" in caplog.text
 
 
-def test_the_log_tells_that_the_issuer_was_too_slow(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_that_the_issuer_timed_out(caplog: pytest.LogCaptureFixture) -> None:
     async def fail(url: str) -> None:
         async with opened(url, timeout_seconds=0.2) as keys:
             with pytest.raises(AuthenticationUnavailable):

@@ -36,30 +36,26 @@ def debit_use(
     return outcome
 
 
-def test_an_unknown_user_passes_no_check(
-    service_role: psycopg.Connection, database: Database
-) -> None:
+def test_an_unknown_user_is_not_found(service_role: psycopg.Connection, database: Database) -> None:
     item_id = database.add_item(0)
     assert debit_use(service_role, 987654321, item_id)["outcome"] == "user_not_found"
     assert debit_use(service_role, None, item_id)["outcome"] == "user_not_found"
 
 
-def test_an_unknown_item_is_not_told_as_an_unknown_user(
-    service_role: psycopg.Connection, database: Database
-) -> None:
+def test_an_unknown_item_is_not_found(service_role: psycopg.Connection, database: Database) -> None:
     user_id = database.add_user()
     assert debit_use(service_role, user_id, uuid4())["outcome"] == "item_not_found"
     assert debit_use(service_role, user_id, None)["outcome"] == "item_not_found"
     assert database.debits(user_id) == []
 
 
-def test_an_inactive_item_is_not_sold(service_role: psycopg.Connection, database: Database) -> None:
+def test_an_inactive_item_is_declined(service_role: psycopg.Connection, database: Database) -> None:
     user_id, item_id = database.add_user(), database.add_item(active=False)
     assert debit_use(service_role, user_id, item_id)["outcome"] == "item_inactive"
     assert database.debits(user_id) == []
 
 
-def test_a_price_can_not_be_negative(database: Database) -> None:
+def test_a_price_cannot_be_negative(database: Database) -> None:
     with pytest.raises(psycopg.errors.CheckViolation, match="items_price_not_negative"):
         database.add_item(-350)
 
@@ -88,7 +84,7 @@ def test_outcomes_are_checked_in_their_documented_order(
     ]
 
 
-def test_every_outcome_names_the_item_and_the_expected_price(
+def test_every_outcome_contains_the_item_and_the_expected_price(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id, item_id = database.add_user(400), database.add_item(350)
@@ -100,7 +96,7 @@ def test_every_outcome_names_the_item_and_the_expected_price(
         assert (outcome["item_id"], outcome["expected_price"]) == (str(item_id), 350)
 
 
-def test_a_key_charges_once_and_is_answered_alike_again(
+def test_a_repeated_key_charges_once_and_returns_the_stored_outcome(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -111,7 +107,7 @@ def test_a_key_charges_once_and_is_answered_alike_again(
     assert database.debits(user_id) == [350]
 
 
-def test_a_decline_is_remembered_under_its_key(
+def test_a_decline_is_stored_under_its_key(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -123,7 +119,7 @@ def test_a_decline_is_remembered_under_its_key(
     assert database.debits(user_id) == []
 
 
-def test_a_key_can_not_be_used_for_something_else(
+def test_a_key_cannot_be_reused_for_another_debit(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
@@ -143,7 +139,7 @@ def test_keys_belong_to_their_user(service_role: psycopg.Connection, database: D
     assert debit_use(service_role, second, item_id, "key")["outcome"] == "debited"
 
 
-def test_find_payment_tells_what_was_answered(
+def test_find_payment_returns_the_stored_outcome(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id, item_id = database.add_user(500), database.add_item(350)
@@ -156,7 +152,7 @@ def test_find_payment_tells_what_was_answered(
     assert found == [(paid | {"replayed": True},), (declined | {"replayed": True},), (None,)]
 
 
-def test_buyers_of_one_item_do_not_wait_for_each_other(
+def test_debits_of_one_item_do_not_block_each_other(
     service_role: psycopg.Connection, database: Database, migrated_port: int
 ) -> None:
     first, second = database.add_user(), database.add_user()
@@ -168,7 +164,7 @@ def test_buyers_of_one_item_do_not_wait_for_each_other(
         service_role.execute("reset statement_timeout")
 
 
-def test_debits_of_one_user_wait_for_each_other(
+def test_debits_of_one_user_are_serialized(
     service_role: psycopg.Connection, database: Database, migrated_port: int
 ) -> None:
     user_id, item_id = database.add_user(350), database.add_item(350)
@@ -187,7 +183,7 @@ def test_debits_of_one_user_wait_for_each_other(
     assert outcomes == ["insufficient_funds"]
 
 
-def test_the_function_gives_up_before_its_client_does(service_role: psycopg.Connection) -> None:
+def test_the_function_times_out_before_its_client(service_role: psycopg.Connection) -> None:
     row = service_role.execute(
         "select proconfig from pg_proc where oid = 'public.debit_use'::regproc"
     ).fetchone()
@@ -229,7 +225,7 @@ CALLS = [
 
 @pytest.mark.parametrize("role", ["anon", "authenticated"])
 @pytest.mark.parametrize("call", CALLS)
-def test_only_the_service_role_gets_through(migrated_port: int, role: str, call: str) -> None:
+def test_other_roles_cannot_use_any_object(migrated_port: int, role: str, call: str) -> None:
     with psycopg.connect(database_url(migrated_port)) as connection:
         connection.execute(f"set role {role}")
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
@@ -237,7 +233,7 @@ def test_only_the_service_role_gets_through(migrated_port: int, role: str, call:
 
 
 @pytest.mark.parametrize("role", ["anon", "authenticated"])
-def test_other_roles_are_granted_nothing_at_all(database: Database, role: str) -> None:
+def test_other_roles_have_no_grants(database: Database, role: str) -> None:
     granted = database.connection.execute(
         "select oid::regprocedure::text from pg_proc "
         "where pronamespace in ('public'::regnamespace, 'ledger'::regnamespace) "
@@ -261,7 +257,7 @@ def test_row_level_security_is_on_for_every_table(database: Database) -> None:
     assert all(secured for _, secured in rows)
 
 
-def test_migrations_and_seed_run_again_change_nothing(
+def test_running_migrations_and_seed_again_changes_nothing(
     postgres_port: int, database: Database
 ) -> None:
     database.connection.execute("create database again")
@@ -279,6 +275,6 @@ def test_migrations_and_seed_run_again_change_nothing(
     assert counts[0][0] > 0
 
 
-def test_the_last_migration_tells_postgrest_to_look_again() -> None:
+def test_the_last_migration_reloads_the_schema_cache_of_postgrest() -> None:
     last = sorted((SUPABASE_DIRECTORY / "migrations").glob("*.sql"))[-1].read_text()
     assert last.rstrip().endswith("notify pgrst, 'reload schema';")

@@ -133,7 +133,7 @@ def test_a_database_is_migrated_without_losing_a_row_or_changing_a_balance(
 
 
 @pytest.mark.parametrize("case", STOPPED.values(), ids=STOPPED.keys())
-def test_a_database_that_cannot_be_migrated_is_left_alone_and_the_fix_given_works(
+def test_a_database_that_cannot_be_migrated_is_unchanged_and_the_suggested_fix_works(
     postgres_port: int, case: tuple[str, ...]
 ) -> None:
     shape, *names = case
@@ -190,7 +190,7 @@ def fixes(message: str) -> str:
         ("11-amounts-null", []),
     ],
 )
-def test_shapes_that_people_reported_are_migrated_or_the_message_says_how(
+def test_reported_databases_are_migrated_or_the_message_contains_the_fix(
     postgres_port: int, file: str, names: list[str]
 ) -> None:
     url = make_database(postgres_port, None)
@@ -206,7 +206,7 @@ def test_shapes_that_people_reported_are_migrated_or_the_message_says_how(
     assert_debits_work(url)
 
 
-def test_a_writer_of_an_entry_and_a_balance_is_rejected_and_told_what_to_call(
+def test_a_direct_insert_of_an_entry_is_rejected_with_the_function_to_call(
     postgres_port: int,
 ) -> None:
     url = make_database(postgres_port, None)
@@ -225,7 +225,7 @@ def test_a_writer_of_an_entry_and_a_balance_is_rejected_and_told_what_to_call(
         assert connection.execute("select * from public.audit_ledger()").fetchall() == []
 
 
-def test_the_audit_lists_what_others_open_after_the_migration(postgres_port: int) -> None:
+def test_the_audit_reports_access_opened_after_the_migration(postgres_port: int) -> None:
     url = make_database(postgres_port, None)
     apply_migrations(url)
     with psycopg.connect(url, autocommit=True) as connection:

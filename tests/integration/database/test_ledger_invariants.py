@@ -48,7 +48,7 @@ def test_a_new_user_with_a_balance_gets_an_opening_entry(database: Database) -> 
     assert entries(database, database.add_user(0)) == []
 
 
-def test_a_balance_written_by_another_service_gets_an_adjustment(
+def test_a_balance_written_by_another_service_gets_an_adjustment_entry(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id, item_id = database.add_user(1000), database.add_item(350)
@@ -64,7 +64,7 @@ def test_a_balance_written_by_another_service_gets_an_adjustment(
     assert database.balance(user_id) == 800
 
 
-def test_one_statement_over_many_users_gets_an_entry_for_each(
+def test_an_update_of_many_users_writes_an_entry_for_each_user(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     users = [database.add_user(100), database.add_user(0), database.add_user(300)]
@@ -98,7 +98,7 @@ def insert_entry(connection: psycopg.Connection, user_id: int, **columns: object
         {"seq": 2, "balance_after": 1010, "created_at": "2000-01-01Z"},
     ],
 )
-def test_an_entry_that_does_not_continue_the_last_one_is_rejected(
+def test_an_entry_that_does_not_follow_the_last_entry_is_rejected(
     database: Database, columns: dict[str, object]
 ) -> None:
     user_id = database.add_user(1000)
@@ -108,7 +108,7 @@ def test_an_entry_that_does_not_continue_the_last_one_is_rejected(
     assert entries(database, user_id) == [("opening", 1000, 1000)]
 
 
-def test_service_role_may_not_insert_entries_or_declines(
+def test_service_role_cannot_insert_entries_or_declines(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id = database.add_user(1000)
@@ -124,7 +124,7 @@ def test_service_role_may_not_insert_entries_or_declines(
         )
 
 
-def test_the_clock_never_goes_back_within_a_user(
+def test_the_entry_times_of_a_user_never_decrease(
     service_role: psycopg.Connection, database: Database, migrated_port: int
 ) -> None:
     """A debit that began first and waited is written after the other, with a later time."""
@@ -161,7 +161,7 @@ def test_a_balance_that_differs_from_the_last_entry_is_never_overwritten(
     assert database.balance(user_id) == 800
 
 
-def test_no_write_takes_a_balance_below_zero(
+def test_no_write_makes_a_balance_negative(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id = database.add_user(100)
@@ -173,7 +173,7 @@ def test_no_write_takes_a_balance_below_zero(
     assert database.balance(user_id) == 100
 
 
-def test_a_debt_from_older_days_may_only_shrink(
+def test_a_negative_balance_may_only_increase(
     service_role: psycopg.Connection, database: Database
 ) -> None:
     user_id, item_id = database.add_user(0), database.add_item(0)
@@ -204,7 +204,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("role", ["postgres", "service_role"])
-def test_entries_and_declines_are_never_changed_or_removed(
+def test_entries_and_declines_cannot_be_changed_or_deleted(
     migrated_port: int, database: Database, change: str, role: str
 ) -> None:
     user_id = database.add_user(100)
@@ -235,7 +235,7 @@ def declined_keys(database: Database, user_id: int) -> set[str]:
     return {row[0] for row in rows}
 
 
-def test_only_declines_under_generated_keys_are_removed_and_only_after_a_day(
+def test_only_declines_with_generated_keys_are_removed_after_a_day(
     migrated_port: int, database: Database
 ) -> None:
     user_id = database.add_user(0)
@@ -263,7 +263,7 @@ def test_only_declines_under_generated_keys_are_removed_and_only_after_a_day(
             )
 
 
-def test_a_user_with_entries_can_not_be_deleted(database: Database) -> None:
+def test_a_user_with_entries_cannot_be_deleted(database: Database) -> None:
     user_id = database.add_user(100)
     with pytest.raises(psycopg.errors.ForeignKeyViolation):
         database.connection.execute('delete from public."Users" where card_id = %s', (user_id,))
@@ -277,7 +277,7 @@ def test_a_user_with_entries_can_not_be_deleted(database: Database) -> None:
         ({"kind": "credit", "idempotency_key": ""}, "transaction_history_idempotency_key_length"),
     ],
 )
-def test_an_entry_that_makes_no_sense_is_refused_by_name(
+def test_an_invalid_entry_violates_a_named_constraint(
     database: Database, columns: dict[str, object], constraint: str
 ) -> None:
     user_id = database.add_user(100)
@@ -288,7 +288,7 @@ def test_an_entry_that_makes_no_sense_is_refused_by_name(
     assert raised.value.diag.constraint_name == constraint
 
 
-def test_an_unknown_outcome_is_not_stored(database: Database) -> None:
+def test_a_decline_with_an_unknown_code_is_rejected(database: Database) -> None:
     with pytest.raises(psycopg.errors.CheckViolation, match="declines_outcome_known"):
         database.connection.execute(
             "insert into ledger.declines (user_id, idempotency_key, outcome) "
@@ -313,7 +313,7 @@ def test_a_key_has_at_most_one_entry(database: Database) -> None:
         ("set balance_after = 1", "the balance is not that of the last entry"),
     ],
 )
-def test_the_audit_finds_what_was_damaged(
+def test_the_audit_finds_damaged_entries(
     migrated_port: int, database: Database, damage: str, fault: str
 ) -> None:
     user_id = database.add_user(100)

@@ -54,7 +54,7 @@ SCHEMA = (
 
 
 @pytest.mark.parametrize("version", [[], VERSION_0_1], ids=["hand-made", "version 0.1"])
-def test_psql_that_goes_on_after_an_error_changes_nothing(
+def test_psql_that_continues_after_an_error_changes_nothing(
     postgres_port: int, url: str, version: list[Path]
 ) -> None:
     if version:
@@ -72,7 +72,7 @@ def test_psql_that_goes_on_after_an_error_changes_nothing(
     assert look_up(url, "select to_regprocedure('public.check_ledger()')") == [(None,)]
 
 
-def test_entries_that_named_another_key_go_to_the_right_users(url: str) -> None:
+def test_entries_with_another_user_key_are_migrated_to_the_right_users(url: str) -> None:
     execute(
         url,
         'alter table public."Transaction_History" drop constraint '
@@ -97,7 +97,7 @@ def test_entries_that_named_another_key_go_to_the_right_users(url: str) -> None:
     assert look_up(url, after) == right
 
 
-def test_a_writer_in_another_order_of_tables_does_not_fail(url: str) -> None:
+def test_a_writer_that_locks_tables_in_another_order_does_not_deadlock(url: str) -> None:
     with psycopg.connect(url) as writer, ThreadPoolExecutor(1) as threads:
         writer.execute('select count(*) from public."Transaction_History"')
         migrating = threads.submit(apply_migrations, url)
@@ -121,7 +121,7 @@ def test_a_writer_in_another_order_of_tables_does_not_fail(url: str) -> None:
     assert look_up(url, "select * from public.audit_ledger()") == []
 
 
-def test_what_another_role_migrated_is_handed_over_before_the_next_run(url: str) -> None:
+def test_objects_of_another_role_change_their_owner_before_the_next_migration(url: str) -> None:
     apply_migrations(administrator(url))
     with pytest.raises(Stopped, match="supabase_admin has to run the fix") as stopped:
         apply_migrations(url)
@@ -131,7 +131,7 @@ def test_what_another_role_migrated_is_handed_over_before_the_next_run(url: str)
     assert look_up(url, "select public.check_ledger() ->> 'outcome'") == [("ready",)]
 
 
-def test_rows_that_the_owner_does_not_see_stop_the_migration(postgres_port: int) -> None:
+def test_rows_hidden_by_row_level_security_stop_the_migration(postgres_port: int) -> None:
     name = f"safety_{uuid4().hex}"
     admin = database_url(postgres_port, "supabase_admin")
     execute(
@@ -151,7 +151,7 @@ def test_rows_that_the_owner_does_not_see_stop_the_migration(postgres_port: int)
     assert look_up(url, "select * from public.audit_ledger()") == []
 
 
-def test_triggers_of_extensions_stop_the_migration_only_where_they_reject_a_debit(url: str) -> None:
+def test_triggers_of_extensions_stop_the_migration_only_if_they_reject_a_debit(url: str) -> None:
     execute(administrator(url), "create extension moddatetime")
     execute(
         url,
@@ -182,7 +182,7 @@ def test_a_publication_of_all_tables_needs_a_primary_key(url: str) -> None:
     apply_migrations(url)
 
 
-def test_a_not_null_that_was_never_checked_hides_no_null(url: str) -> None:
+def test_an_unvalidated_not_null_constraint_hides_no_null(url: str) -> None:
     if look_up(url, "select current_setting('server_version_num')::int < 180000") == [(True,)]:
         pytest.skip("PostgreSQL 18 is the first that has such constraints")
     execute(
@@ -199,7 +199,7 @@ def test_a_not_null_that_was_never_checked_hides_no_null(url: str) -> None:
     assert look_up(url, "select * from public.audit_ledger()") == []
 
 
-def test_webhooks_are_not_told_of_old_rows(url: str) -> None:
+def test_webhooks_are_not_called_for_old_rows(url: str) -> None:
     execute(
         url,
         "create schema supabase_functions; create table supabase_functions.calls (kind text); "
@@ -215,7 +215,7 @@ def test_webhooks_are_not_told_of_old_rows(url: str) -> None:
     assert look_up(url, "select * from supabase_functions.calls") == [("INSERT",)]
 
 
-def test_a_trigger_made_after_the_migration_does_not_stop_the_next_run(url: str) -> None:
+def test_a_trigger_created_after_the_migration_does_not_stop_the_next_run(url: str) -> None:
     apply_migrations(url)
     execute(
         url,
@@ -241,7 +241,7 @@ def test_a_trigger_made_after_the_migration_does_not_stop_the_next_run(url: str)
         ),
     ],
 )
-def test_what_breaks_debits_later_is_reported_by_the_check_of_the_service(
+def test_check_ledger_reports_later_changes_that_break_debits(
     url: str, change: str, named: str
 ) -> None:
     apply_migrations(url)
@@ -259,7 +259,7 @@ def test_what_breaks_debits_later_is_reported_by_the_check_of_the_service(
     assert look_up(url, "select public.check_ledger() ->> 'outcome'") == [("ready",)]
 
 
-def test_a_balance_that_is_null_later_becomes_that_of_the_entries(url: str) -> None:
+def test_the_fix_of_a_null_balance_restores_it_from_the_entries(url: str) -> None:
     apply_migrations(url)
     execute(
         url,
@@ -275,7 +275,7 @@ def test_a_balance_that_is_null_later_becomes_that_of_the_entries(url: str) -> N
     assert look_up(url, "select * from public.audit_ledger()") == []
 
 
-def test_rows_of_a_table_that_inherited_stay_users(url: str) -> None:
+def test_rows_of_an_inheriting_table_remain_users(url: str) -> None:
     execute(
         url,
         'create table public.staff (title text) inherits (public."Users"); '
@@ -289,7 +289,7 @@ def test_rows_of_a_table_that_inherited_stay_users(url: str) -> None:
     assert look_up(url, 'select balance from public."Users" where card_id = 7') == [(700,)]
 
 
-def test_triggers_that_fire_always_and_indexes_that_reject_nothing_are_no_faults(url: str) -> None:
+def test_always_triggers_and_harmless_indexes_pass_the_check(url: str) -> None:
     apply_migrations(url)
     execute(
         url,
@@ -300,13 +300,13 @@ def test_triggers_that_fire_always_and_indexes_that_reject_nothing_are_no_faults
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256])
-def test_a_decline_is_stored_under_keys_of_the_length_of_a_payment(url: str, key: str) -> None:
+def test_keys_of_declines_have_the_length_limits_of_payments(url: str, key: str) -> None:
     apply_migrations(url)
     with pytest.raises(psycopg.errors.CheckViolation):
         execute(url, f"select public.debit_use(1002, '{COFFEE}', '{key}')")
 
 
-def test_policies_go_on_when_their_function_has_moved(url: str) -> None:
+def test_policies_work_after_their_function_was_moved(url: str) -> None:
     execute(
         url,
         "create function public.is_member() returns boolean language sql security definer as "

@@ -62,11 +62,11 @@ def faults(ledger: Database) -> list[str]:
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
-def test_a_statement_runs_as_it_stands(ledger: Database, statement: str) -> None:
+def test_a_statement_of_the_runbook_runs_unchanged(ledger: Database, statement: str) -> None:
     ledger.connection.execute(statement)
 
 
-def test_whether_somebody_was_charged_is_seen(ledger: Database) -> None:
+def test_the_runbook_shows_whether_a_user_was_charged(ledger: Database) -> None:
     (found,) = run(ledger, "find_payment")
     assert isinstance(found["find_payment"], dict)
     assert found["find_payment"]["outcome"] == "debited"
@@ -75,14 +75,14 @@ def test_whether_somebody_was_charged_is_seen(ledger: Database) -> None:
     assert [entry["idempotency_key"] for entry in entries] == [KEY, "earlier", None]
 
 
-def test_money_is_given_back_with_an_entry(ledger: Database) -> None:
+def test_a_refund_writes_an_entry(ledger: Database) -> None:
     run(ledger, "balance + 350")
     assert ledger.balance(USER) == 650
     assert run(ledger, LAST_ENTRIES)[0]["kind"] == "adjustment"
     assert faults(ledger) == []
 
 
-def test_the_missing_entry_is_found(ledger: Database) -> None:
+def test_a_missing_entry_is_found(ledger: Database) -> None:
     which = f"user_id = {USER} and idempotency_key = 'earlier'"
     delete = f'delete from public."Transaction_History" where {which}'
     tamper(ledger, "Transaction_History", delete)
@@ -91,7 +91,7 @@ def test_the_missing_entry_is_found(ledger: Database) -> None:
     assert (entry["kind"], entry["off_by"]) == ("debit", -350)
 
 
-def test_a_balance_that_is_right_is_explained(ledger: Database) -> None:
+def test_a_correct_balance_gets_an_explaining_entry(ledger: Database) -> None:
     tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
     assert faults(ledger) == ["the balance is not that of the last entry"]
     run(ledger, "right_balance")
@@ -99,7 +99,7 @@ def test_a_balance_that_is_right_is_explained(ledger: Database) -> None:
     assert faults(ledger) == []
 
 
-def test_a_balance_without_any_entry_is_explained(ledger: Database) -> None:
+def test_a_balance_without_entries_gets_an_explaining_entry(ledger: Database) -> None:
     delete = f'delete from public."Transaction_History" where user_id = {USER}'
     tamper(ledger, "Transaction_History", delete)
     assert faults(ledger) == ["the balance is not that of the last entry"]
@@ -108,7 +108,7 @@ def test_a_balance_without_any_entry_is_explained(ledger: Database) -> None:
     assert faults(ledger) == []
 
 
-def test_a_wrong_balance_is_not_overwritten_and_set_to_that_of_the_entries(
+def test_a_wrong_balance_is_not_overwritten_and_is_reset_from_the_entries(
     ledger: Database,
 ) -> None:
     tamper(ledger, "Users", f'update public."Users" set balance = 790 where card_id = {USER}')
@@ -127,7 +127,7 @@ def test_a_wrong_balance_is_not_overwritten_and_set_to_that_of_the_entries(
     assert faults(ledger) == []
 
 
-def test_an_erased_user_has_no_name_and_the_entries_stay(ledger: Database) -> None:
+def test_erasing_a_user_removes_the_name_and_keeps_the_entries(ledger: Database) -> None:
     run(ledger, "set name = ''")
     row = ledger.connection.execute(
         'select name, active from public."Users" where card_id = %s', (USER,)
@@ -137,7 +137,7 @@ def test_an_erased_user_has_no_name_and_the_entries_stay(ledger: Database) -> No
     assert faults(ledger) == []
 
 
-def test_a_lost_card_is_replaced_with_a_payout_and_a_credit_once(ledger: Database) -> None:
+def test_replacing_a_lost_card_writes_one_payout_and_one_credit(ledger: Database) -> None:
     for _ in range(2):
         run(ledger, "old_card constant")
         assert (ledger.balance(USER), ledger.balance(NEW_CARD)) == (0, 300)
@@ -188,7 +188,7 @@ def lost(ledger: Database) -> Lost:
     return lost
 
 
-def test_what_a_restore_lost_comes_back_in_the_order_of_the_runbook(lost: Lost) -> None:
+def test_lost_data_is_entered_again_in_the_order_of_the_runbook(lost: Lost) -> None:
     item_id = lost.add_item()
     lost.top_up()
     assert lost.debit(item_id, "charged") == "debited"
@@ -198,14 +198,14 @@ def test_what_a_restore_lost_comes_back_in_the_order_of_the_runbook(lost: Lost) 
     assert lost.database.audit() == []
 
 
-def test_after_a_restore_a_declined_debit_would_be_charged(lost: Lost) -> None:
+def test_a_lost_declined_debit_is_charged_after_a_restore(lost: Lost) -> None:
     item_id = lost.add_item()
     lost.top_up()
     assert lost.debit(item_id, "declined") == "debited"
 
 
 @pytest.mark.parametrize("forgotten", ["item_not_found", "insufficient_funds"])
-def test_after_a_restore_a_debit_that_comes_too_early_is_declined_for_good(
+def test_a_debit_repeated_too_early_after_a_restore_stays_declined(
     lost: Lost, forgotten: str
 ) -> None:
     item_id = uuid4() if forgotten == "item_not_found" else lost.add_item()

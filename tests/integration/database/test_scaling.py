@@ -151,9 +151,7 @@ both_ways = pytest.mark.parametrize("way", [BY_USER, BY_TIME], ids=["by user", "
 
 
 @both_ways
-def test_debits_go_on_and_keys_hold_after_the_ledger_is_partitioned(
-    ledger: Ledger, way: str
-) -> None:
+def test_debits_and_replays_work_after_the_ledger_is_partitioned(ledger: Ledger, way: str) -> None:
     before = ledger.spend("before")
     ledger.owner.execute(statements(way))
     outcomes = before | ledger.spend("after")
@@ -168,7 +166,7 @@ def test_debits_go_on_and_keys_hold_after_the_ledger_is_partitioned(
 
 
 @both_ways
-def test_a_key_can_not_be_written_twice_in_a_partitioned_ledger(ledger: Ledger, way: str) -> None:
+def test_a_key_cannot_be_written_twice_in_a_partitioned_ledger(ledger: Ledger, way: str) -> None:
     ledger.debit("once")
     ledger.owner.execute(statements(way))
     with pytest.raises(errors.UniqueViolation):
@@ -176,9 +174,7 @@ def test_a_key_can_not_be_written_twice_in_a_partitioned_ledger(ledger: Ledger, 
 
 
 @both_ways
-def test_no_part_of_a_partitioned_ledger_can_be_changed_or_read_by_others(
-    ledger: Ledger, way: str
-) -> None:
+def test_partitions_cannot_be_changed_or_read_by_other_roles(ledger: Ledger, way: str) -> None:
     ledger.debit("kept")
     ledger.owner.execute(statements(way))
     for table in ('public."Transaction_History"', *ledger.parts()):
@@ -196,14 +192,14 @@ def test_no_part_of_a_partitioned_ledger_can_be_changed_or_read_by_others(
                 ledger.service.execute(f"select from {table}")
 
 
-def test_a_ledger_partitioned_by_user_may_be_migrated_again(ledger: Ledger) -> None:
+def test_a_ledger_partitioned_by_user_can_be_migrated_again(ledger: Ledger) -> None:
     ledger.owner.execute(statements(BY_USER))
     apply_migrations(ledger.url)
     assert ledger.debit("after")["outcome"] == "debited"
     assert ledger.database.audit() == []
 
 
-def test_a_ledger_partitioned_by_time_gets_a_year_before_it_begins(ledger: Ledger) -> None:
+def test_a_partition_can_be_added_before_its_year_begins(ledger: Ledger) -> None:
     ledger.owner.execute(statements(BY_TIME))
     ledger.owner.execute(statements(NEXT_YEAR))
     year = datetime.now(UTC).year + 3
@@ -213,7 +209,7 @@ def test_a_ledger_partitioned_by_time_gets_a_year_before_it_begins(ledger: Ledge
     assert ledger.database.audit() == []
 
 
-def test_a_year_that_has_begun_becomes_a_partition_with_its_entries(ledger: Ledger) -> None:
+def test_a_partition_can_be_added_after_its_year_has_begun(ledger: Ledger) -> None:
     ledger.owner.execute(statements(BY_TIME))
     year = datetime.now(UTC).year + 3
     ledger.enter(f"{year}-01-01Z")
@@ -231,7 +227,7 @@ def test_a_year_that_has_begun_becomes_a_partition_with_its_entries(ledger: Ledg
     ledger.spend("after")
 
 
-def test_what_there_is_may_be_checked_before_it_becomes_a_partition(ledger: Ledger) -> None:
+def test_existing_entries_can_be_validated_before_they_become_a_partition(ledger: Ledger) -> None:
     ledger.spend("before")
     ledger.owner.execute(statements(CHECK_BEFORE))
     ledger.spend("between")
@@ -267,7 +263,7 @@ def replica(ledger: Ledger) -> Iterator[psycopg.Connection]:
             yield connection
 
 
-def test_a_replica_answers_what_only_reads(replica: psycopg.Connection) -> None:
+def test_a_replica_executes_read_only_functions(replica: psycopg.Connection) -> None:
     found = replica.execute("select public.find_payment(%s, 'known')", (USER,)).fetchone()
     assert found is not None
     assert found[0]["outcome"] == "debited"
@@ -279,7 +275,7 @@ def test_a_replica_answers_what_only_reads(replica: psycopg.Connection) -> None:
     # PostgREST begins a call of a volatile function with the first.
     [("begin read write", "0A000"), ("begin", "25006")],
 )
-def test_a_replica_refuses_a_debit_with_a_code_that_means_not_done(
+def test_a_replica_rejects_a_debit_with_a_code_that_means_not_executed(
     ledger: Ledger, replica: psycopg.Connection, begin: str, code: str
 ) -> None:
     with pytest.raises(psycopg.Error) as refused:
@@ -329,7 +325,7 @@ def test_users_move_to_another_database_with_their_keys_and_declines(
         assert database.audit() == []
 
 
-def test_two_services_charge_once_under_one_key(start_service: Start, database: Database) -> None:
+def test_two_services_charge_once_per_key(start_service: Start, database: Database) -> None:
     services = [start_service(), start_service()]
     user_id, item_id = database.add_user(5000), database.add_item(350)
 

@@ -79,7 +79,7 @@ def test_the_advisors_find_nothing(cli: Cli, pushed_url: str) -> None:
     assert json.loads(found)["results"] == []
 
 
-def test_the_advisors_only_note_what_is_meant(
+def test_the_advisors_report_only_intended_notes(
     cli: Cli, pushed_url: str, database: Database
 ) -> None:
     """Row level security without a policy is what shuts everybody but service_role out."""

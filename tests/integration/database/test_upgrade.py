@@ -42,7 +42,7 @@ def old_url(request: pytest.FixtureRequest, postgres_port: int) -> str:
     return url
 
 
-def test_no_row_is_lost_and_balances_stay(old_url: str) -> None:
+def test_an_upgrade_keeps_every_row_and_balance(old_url: str) -> None:
     users = 'select card_id, name, balance, active from public."Users" order by card_id'
     items = 'select id, name, price, barcode_id, active from public."Items" order by id'
     rows = 'select id, item, created_at from public."Transaction_History" where item is not null'
@@ -55,7 +55,7 @@ def test_no_row_is_lost_and_balances_stay(old_url: str) -> None:
     assert faults == []
 
 
-def test_opening_entries_come_first_and_carry_what_the_rows_leave_unexplained(
+def test_opening_entries_come_first_and_explain_the_rest_of_the_balance(
     old_url: str,
 ) -> None:
     apply_migrations(old_url)
@@ -79,7 +79,7 @@ def test_migrating_twice_changes_nothing(old_url: str) -> None:
         assert state(connection) == once
 
 
-def test_the_old_function_is_replaced_and_debits_go_on(old_url: str) -> None:
+def test_the_old_function_is_replaced_and_debits_work(old_url: str) -> None:
     apply_migrations(old_url)
     with psycopg.connect(old_url) as connection:
         functions = connection.execute(
@@ -99,7 +99,7 @@ def test_the_old_function_is_replaced_and_debits_go_on(old_url: str) -> None:
     assert faults == []
 
 
-def test_a_debt_of_the_honour_system_stays_a_debt(postgres_port: int, old_url: str) -> None:
+def test_a_negative_balance_is_kept(postgres_port: int, old_url: str) -> None:
     apply_migrations(old_url)
     with psycopg.connect(old_url) as connection:
         debts = connection.execute(
@@ -111,7 +111,7 @@ def test_a_debt_of_the_honour_system_stays_a_debt(postgres_port: int, old_url: s
     assert len(debts) == ("without_amounts" in old_url)
 
 
-def test_make_audit_prints_what_it_found(old_url: str) -> None:
+def test_make_audit_prints_its_findings(old_url: str) -> None:
     before = run_audit(old_url)
     apply_migrations(old_url)
     clean = run_audit(old_url)
@@ -198,7 +198,7 @@ def test_a_database_of_version_0_1_keeps_balances_entries_and_outcomes(
         assert state(connection) == once
 
 
-def test_old_csv_files_are_imported_before_the_migrations(postgres_port: int) -> None:
+def test_old_csv_files_can_be_imported_before_the_migrations(postgres_port: int) -> None:
     document = (Path(__file__).parents[3] / "docs" / "database.md").read_text()
     pieces = re.findall(r"```sql\n(.*?)```", document, re.DOTALL)
     (tables,) = [piece for piece in pieces if 'create table public."Users"' in piece]
@@ -253,7 +253,7 @@ class Writer(threading.Thread):
                     self.errors[error.sqlstate] = str(error)
 
 
-def test_an_upgrade_under_live_writers_loses_and_doubles_nothing(version_0_1_url: str) -> None:
+def test_an_upgrade_during_writes_neither_loses_nor_duplicates_debits(version_0_1_url: str) -> None:
     stop = threading.Event()
     balances = 'select card_id, balance from public."Users" order by card_id'
     with psycopg.connect(version_0_1_url, autocommit=True) as connection:

@@ -36,7 +36,7 @@ def ports() -> dict[str, int]:
     return free_stack_ports()
 
 
-def test_it_starts_stops_is_killed_and_starts_again_with_its_data(
+def test_the_stack_keeps_its_data_after_a_stop_and_after_a_kill(
     data: Path, ports: dict[str, int]
 ) -> None:
     with running_stack(data, ports, signal.SIGINT) as (stack, printed):
@@ -57,7 +57,7 @@ def test_it_starts_stops_is_killed_and_starts_again_with_its_data(
     assert_free(ports)
 
 
-def test_a_taken_port_is_named(data: Path) -> None:
+def test_a_taken_port_is_reported(data: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = run(command(data, {"--products-port": port, "--port": free_port()}))
@@ -67,14 +67,14 @@ def test_a_taken_port_is_named(data: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_a_port_given_twice_is_named(data: Path) -> None:
+def test_a_port_given_twice_is_reported(data: Path) -> None:
     port = free_port()
     ended = run(command(data, {"--port": port, "--products-port": port}))
     assert ended.returncode == 1
     assert f"Port {port} cannot be used" in ended.stderr
 
 
-def test_a_program_on_the_ipv6_loopback_is_named(data: Path) -> None:
+def test_a_port_taken_on_the_ipv6_loopback_is_reported(data: Path) -> None:
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
         port = taken.getsockname()[1]
         ended = run(command(data, {"--port": port}))
@@ -83,13 +83,13 @@ def test_a_program_on_the_ipv6_loopback_is_named(data: Path) -> None:
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "abc"])
-def test_a_port_that_cannot_be_is_named(port: str) -> None:
+def test_an_invalid_port_is_reported(port: str) -> None:
     ended = run([sys.executable, "-m", "devstack", "--port", port])
     assert ended.returncode == 2
     assert f"{port} is no port" in ended.stderr
 
 
-def test_a_service_that_does_not_start_says_why_and_nothing_else(
+def test_a_service_that_fails_to_start_prints_only_the_reason(
     data: Path, ports: dict[str, int]
 ) -> None:
     ended = run(command(data, ports), LOG_LEVEL="LOUD")
@@ -100,7 +100,7 @@ def test_a_service_that_does_not_start_says_why_and_nothing_else(
     assert_free(ports)
 
 
-def test_a_service_that_ends_by_itself_ends_the_stack(data: Path, ports: dict[str, int]) -> None:
+def test_the_stack_stops_when_the_service_exits(data: Path, ports: dict[str, int]) -> None:
     with running_stack(data, ports, signal.SIGINT) as (stack, _):
         servers = subprocess.run(
             ["pgrep", "-P", str(stack.pid), "-f", "devstack.server service"],
@@ -114,7 +114,7 @@ def test_a_service_that_ends_by_itself_ends_the_stack(data: Path, ports: dict[st
     assert_free(ports)
 
 
-def test_help_names_every_option() -> None:
+def test_help_lists_every_option() -> None:
     shown = run([sys.executable, "-m", "devstack", "--help"])
     assert shown.returncode == 0
     for option in ("--port", "--products-port", "--gateway-port", "--postgres-port", "--data"):
@@ -122,7 +122,7 @@ def test_help_names_every_option() -> None:
 
 
 @pytest.mark.parametrize("moment", ["", "Starting Postgres", "Starting the gateway"])
-def test_ctrl_c_during_the_start_ends_everything_with_one_line(
+def test_ctrl_c_during_the_start_stops_everything_with_one_line(
     data: Path, ports: dict[str, int], moment: str
 ) -> None:
     ended = interrupted_start(command(data / "interrupted", ports), moment)
@@ -132,7 +132,7 @@ def test_ctrl_c_during_the_start_ends_everything_with_one_line(
     assert_free(ports)
 
 
-def test_the_database_asks_for_the_password_that_is_in_the_passfile(
+def test_the_database_requires_the_password_of_the_passfile(
     data: Path, ports: dict[str, int]
 ) -> None:
     passfile = data / "postgres/passfile"
@@ -146,7 +146,7 @@ def test_the_database_asks_for_the_password_that_is_in_the_passfile(
     assert passfile.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_process_id_that_another_program_has_now_is_no_running_server(
+def test_a_pid_file_whose_id_belongs_to_another_program_is_ignored(
     data: Path, ports: dict[str, int]
 ) -> None:
     pidfile = data / "postgres/postmaster.pid"

@@ -43,7 +43,7 @@ def private_checkout(tmp_path: Path) -> Iterator[Path]:
     remove_private_folders(private / ".devstack")
 
 
-def test_it_runs_where_only_its_user_can_enter_and_under_any_umask(private_checkout: Path) -> None:
+def test_the_stack_runs_in_a_private_folder_and_with_any_umask(private_checkout: Path) -> None:
     data, ports = private_checkout / ".devstack", free_stack_ports()
     modes = [folder.stat().st_mode for folder in private_checkout.parents]
     surroundings: dict[str, Any] = {
@@ -67,7 +67,7 @@ def test_it_runs_where_only_its_user_can_enter_and_under_any_umask(private_check
     assert not (server_account() and place.exists())
 
 
-def test_a_private_folder_that_another_user_made_is_refused() -> None:
+def test_a_private_folder_of_another_user_is_rejected() -> None:
     if (account := server_account()) is None:
         pytest.skip("only root needs a private folder")
     with temporary_folder() as base:
@@ -101,38 +101,38 @@ def assert_refused(cluster: Path, reason: str) -> None:
     assert sorted(cluster.iterdir()) == before
 
 
-def test_data_of_another_postgres_version_is_named_and_kept(cluster: Path) -> None:
+def test_data_of_another_postgres_version_is_reported_and_kept(cluster: Path) -> None:
     (cluster / "PG_VERSION").write_text("16\n")
     assert_refused(
         cluster, f"holds data of PostgreSQL 16, which the installed PostgreSQL {MAJOR_VERSION}"
     )
 
 
-def test_a_database_of_somebody_else_is_named_and_kept(cluster: Path) -> None:
+def test_a_foreign_database_is_reported_and_kept(cluster: Path) -> None:
     (cluster / "passfile").unlink()
     assert_refused(cluster, "is not a database of the dev stack")
 
 
-def test_data_of_another_user_is_named_and_kept(cluster: Path) -> None:
+def test_data_of_another_user_is_reported_and_kept(cluster: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a folder to another user")
     os.chown(cluster, 12345, 12345)
     assert_refused(cluster, "belongs to the user with the id 12345")
 
 
-def test_a_folder_that_cannot_be_made_is_named() -> None:
+def test_a_folder_that_cannot_be_created_is_reported() -> None:
     ended = run(command(Path("/proc/data"), free_stack_ports()))
     assert ended.returncode == 1
     assert "devstack: /proc/data: " in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_a_path_that_postgres_cannot_use_is_named(tmp_path: Path) -> None:
+def test_a_path_that_postgres_cannot_use_is_reported(tmp_path: Path) -> None:
     with pytest.raises(PostgresFailed, match=r"contains '\$'\. Rename"):
         running_postgres(tmp_path / "a$HOME" / "postgres", free_port()).__enter__()
 
 
-def test_a_start_that_was_killed_leaves_nothing_that_counts_as_data() -> None:
+def test_an_incomplete_cluster_of_a_killed_start_is_removed() -> None:
     with temporary_folder() as data:
         (data / "postgres.new").mkdir()
         (data / "postgres.new" / "PG_VERSION").write_text(MAJOR_VERSION)
@@ -141,7 +141,7 @@ def test_a_start_that_was_killed_leaves_nothing_that_counts_as_data() -> None:
         assert not (data / "postgres.new").exists()
 
 
-def test_data_of_an_older_dev_stack_that_asked_for_no_password_gets_one() -> None:
+def test_a_cluster_without_a_password_gets_one() -> None:
     with temporary_folder() as data:
         cluster, port = data / "postgres", free_port()
         with running_postgres(cluster, port), psycopg.connect(database_url(port)) as connection:

@@ -68,7 +68,7 @@ def send(gateway: httpx.Client, request: dict[str, Any]) -> httpx.Response:
 
 
 @pytest.mark.parametrize("case", CORE["cases"], ids=[case["name"] for case in CORE["cases"]])
-def test_the_answer_is_that_of_a_real_postgrest(
+def test_the_response_matches_the_recording_of_postgrest(
     gateway: httpx.Client, owner: psycopg.Connection, postgres_port: int, case: dict[str, Any]
 ) -> None:
     setup = case.get("setup", {})
@@ -115,7 +115,7 @@ def without_hint(body: object) -> object:
     return body
 
 
-def test_there_are_88_cases() -> None:
+def test_there_are_88_recorded_cases() -> None:
     assert len(CORE["cases"]) == 88
 
 
@@ -125,18 +125,18 @@ def call(gateway: httpx.Client, function: str, **headers: str) -> httpx.Response
     return gateway.post(f"/rpc/{function}", json={}, headers=headers)
 
 
-def test_a_key_in_the_apikey_header_alone_is_enough(gateway: httpx.Client) -> None:
+def test_the_apikey_header_alone_is_sufficient(gateway: httpx.Client) -> None:
     service_role = token("service_role")
     assert service_role is not None
     assert call(gateway, "ret_int", apikey=service_role).json() == 42
 
 
-def test_nothing_else_is_served(gateway: httpx.Client) -> None:
+def test_other_methods_and_paths_are_rejected(gateway: httpx.Client) -> None:
     assert gateway.get("/rpc/ret_int").status_code == 405
     assert gateway.post("/items", json={}).status_code == 404
 
 
-def test_a_function_is_found_as_soon_as_it_is_there(
+def test_a_function_is_found_as_soon_as_it_is_created(
     gateway: httpx.Client, owner: psycopg.Connection
 ) -> None:
     assert call(gateway, "made_later").json()["code"] == "PGRST202"
@@ -160,14 +160,14 @@ def test_broken_connections_are_replaced(gateway: httpx.Client, owner: psycopg.C
     assert [answer.status_code for answer in answers][-2:] == [200, 200]
 
 
-def test_a_database_that_is_down_is_told_at_once(postgres_port: int) -> None:
+def test_an_unreachable_database_is_reported_immediately(postgres_port: int) -> None:
     url = database_url(postgres_port, role="authenticator").replace(str(postgres_port), "1")
     with served(create_gateway(url, TOKENS["secret"])) as address:
         response = httpx.post(f"{address}/rest/v1/rpc/debit_use", json={})
     assert (response.status_code, response.json()["code"]) == (503, "PGRST000")
 
 
-def test_a_busy_pool_is_told(
+def test_an_exhausted_pool_is_reported(
     postgres_port: int, owner: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     del owner

@@ -56,7 +56,7 @@ def gateway(postgres_port: int, owner: psycopg.Connection) -> Iterator[httpx.Cli
         yield client
 
 
-def test_the_search_path_is_the_schema_in_quotes_and_then_public(gateway: httpx.Client) -> None:
+def test_the_search_path_is_the_quoted_schema_and_public(gateway: httpx.Client) -> None:
     response = gateway.post("/rest/v1/rpc/show_search_path", json={})
     assert response.json() == '"My, Api", "public"'
 
@@ -66,7 +66,7 @@ def test_an_argument_may_have_a_type_of_the_schema_public(gateway: httpx.Client)
     assert (response.status_code, response.json()) == (200, "dark")
 
 
-def test_a_call_whose_client_hangs_up_runs_to_its_end_and_commits(
+def test_a_call_commits_although_its_client_disconnected(
     gateway: httpx.Client, owner: psycopg.Connection
 ) -> None:
     owner.execute("select pg_advisory_lock(1)")

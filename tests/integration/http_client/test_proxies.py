@@ -66,7 +66,7 @@ def test_the_issuers_keys_are_fetched_through_the_proxy(
     assert proxy.hosts == ["login.example.org"]
 
 
-def test_a_proxy_that_does_not_connect_has_not_charged(
+def test_a_failed_proxy_connection_charges_nothing(
     start_service: Start, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -95,7 +95,7 @@ def test_a_proxy_that_does_not_connect_has_not_charged(
         ("10.1.2.3", "http://10.1.2.3:8001"),
     ],
 )
-def test_what_is_near_or_excepted_is_called_directly(
+def test_local_and_excluded_hosts_are_called_directly(
     monkeypatch: pytest.MonkeyPatch, no_proxy: str, address: str
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
@@ -109,7 +109,7 @@ def test_each_scheme_has_its_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_proxy("http://shop.example.org") is None
 
 
-def test_a_proxy_that_cannot_be_used_is_named_without_its_password(
+def test_an_unsupported_proxy_is_reported_without_its_password(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "socks5://user:secret@proxy:1080")

@@ -115,7 +115,7 @@ def flat(process_id: int, url: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("response", RESPONSES.values(), ids=RESPONSES.keys())
-def test_an_item_without_end_is_not_read_into_memory(
+def test_an_endless_item_response_is_not_read_into_memory(
     gateway_url: str, response: Callable[[], Parts]
 ) -> None:
     with (
@@ -129,7 +129,7 @@ def test_an_item_without_end_is_not_read_into_memory(
 
 
 @some_responses
-def test_keys_without_end_are_not_read_into_memory(
+def test_an_endless_key_response_is_not_read_into_memory(
     gateway_url: str, products_url: str, response: Callable[[], Parts]
 ) -> None:
     keys = json.dumps({"keys": [published("first", "RS256")]}).encode()
@@ -144,7 +144,7 @@ def test_keys_without_end_are_not_read_into_memory(
 
 
 @some_responses
-def test_a_ledgers_response_without_end_is_not_read_into_memory(
+def test_an_endless_ledger_response_is_not_read_into_memory(
     response: Callable[[], Parts],
 ) -> None:
     item = f'{{"id": "{BODY["item_id"]}", "price": 350, "active": true}}'.encode()

@@ -9,6 +9,7 @@ from servers import make_settings
 from supabase import AsyncClient, AsyncClientOptions
 
 from app.http_client.client import http_client
+from app.http_client.retry_after import Pause
 from app.ledger.client import REMOVED_ROWS_MAX, Ledger
 from app.ledger.generated_declines import remove_generated_declines
 from app.telemetry.metrics import Metrics
@@ -34,12 +35,13 @@ async def remove_all(gateway_url: str) -> str:
                 AsyncClientOptions(httpx_client=client),
             ),
             Metrics(),
+            Pause("SUPABASE_URL"),
         )
         await remove_generated_declines(ledger)
         return ledger.last_state
 
 
-def test_the_decline_of_a_debit_without_a_key_is_stored_under_a_generated_one(
+def test_the_decline_of_a_debit_without_a_key_is_stored_under_a_generated_key(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(balance=0), database.add_item(price=350)
@@ -54,7 +56,7 @@ def test_the_decline_of_a_debit_without_a_key_is_stored_under_a_generated_one(
     assert rows == [(True,), (False,)]
 
 
-def test_the_service_removes_all_that_are_older_than_a_day(
+def test_the_service_removes_generated_declines_older_than_a_day(
     gateway_url: str, database: Database
 ) -> None:
     user_id = database.add_user(balance=0)
@@ -69,6 +71,6 @@ def test_the_service_removes_all_that_are_older_than_a_day(
     assert count_declines(database, user_id) == REMOVED_ROWS_MAX + 500
 
 
-def test_a_database_that_fails_ends_the_removal(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_ledger_failure_stops_the_removal(caplog: pytest.LogCaptureFixture) -> None:
     assert asyncio.run(remove_all("http://127.0.0.1:1")) == "ledger_unavailable"
     assert "remove_generated_declines: ledger_unavailable" in caplog.text

@@ -96,7 +96,7 @@ def post_together(
     return answers.result()
 
 
-def test_a_debit_that_finds_nobody_waiting_goes_alone(
+def test_a_debit_without_concurrent_debits_is_a_single_call(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -105,7 +105,7 @@ def test_a_debit_that_finds_nobody_waiting_goes_alone(
     assert [call[0] for call in gateway.calls] == ["debit_use"]
 
 
-def test_debits_that_come_together_share_calls(
+def test_concurrent_debits_share_calls(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
@@ -117,7 +117,7 @@ def test_debits_that_come_together_share_calls(
     assert [database.debits(user_id) for user_id in users] == [[350]] * DEBITS
 
 
-def test_debits_of_one_user_share_calls_too(
+def test_concurrent_debits_of_one_user_share_calls(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     user_id, item_id = database.add_user(350 * 50), database.add_item(350)
@@ -130,7 +130,7 @@ def test_debits_of_one_user_share_calls_too(
     assert database.audit() == []
 
 
-def test_a_batch_of_one_turns_it_off(
+def test_a_batch_size_of_one_turns_group_commit_off(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
@@ -140,7 +140,7 @@ def test_a_batch_of_one_turns_it_off(
     assert {call[0] for call in gateway.calls} == {"debit_use"}
 
 
-def test_a_request_stays_small_however_long_the_keys(
+def test_batches_stay_below_8_kib_with_long_keys(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
@@ -154,7 +154,7 @@ def test_a_request_stays_small_however_long_the_keys(
 
 @pytest.mark.alone
 @repeated_if_too_slow
-def test_one_locked_row_holds_up_nobody_else(
+def test_a_locked_row_does_not_delay_other_users(
     start_service: Start, gateway: WatchedGateway, database: Database, migrated_port: int
 ) -> None:
     stuck, item_id = database.add_user(), database.add_item()
@@ -176,7 +176,7 @@ def test_one_locked_row_holds_up_nobody_else(
     assert database.debits(stuck) == [350] * 5
 
 
-def test_a_debit_that_the_database_refuses_fails_alone(
+def test_a_rejected_debit_does_not_fail_the_rest_of_its_batch(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(DEBITS)], database.add_item()
@@ -190,7 +190,7 @@ def test_a_debit_that_the_database_refuses_fails_alone(
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_batch_that_fails_is_repeated_as_a_batch(
+def test_a_failed_batch_is_retried_as_a_batch(
     start_service: Start, gateway: WatchedGateway, database: Database, fault: str
 ) -> None:
     users, item_id = [database.add_user() for _ in range(20)], database.add_item()
@@ -206,7 +206,7 @@ def test_a_batch_that_fails_is_repeated_as_a_batch(
     assert [database.debits(user_id) for user_id in users] == [[350]] * 20
 
 
-def test_when_every_call_is_lost_each_debit_is_told_as_unknown(
+def test_every_debit_of_a_lost_batch_has_an_unknown_outcome(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(20)], database.add_item()
@@ -222,7 +222,7 @@ def test_when_every_call_is_lost_each_debit_is_told_as_unknown(
 
 
 @pytest.mark.alone
-def test_a_debit_whose_time_is_up_before_it_was_sent_was_not_done(
+def test_a_debit_that_expires_in_the_queue_is_not_charged(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(30)], database.add_item()
@@ -253,7 +253,7 @@ def wish(user_id: int, item_id: UUID, key: str) -> dict[str, object]:
     return {"user_id": user_id, "item_id": str(item_id), "idempotency_key": key}
 
 
-def test_outcomes_come_in_the_order_given_and_by_the_same_rules(database: Database) -> None:
+def test_batch_outcomes_keep_the_order_and_follow_the_same_rules(database: Database) -> None:
     rich, poor, item_id = database.add_user(700), database.add_user(1), database.add_item(350)
     outcomes = batch(
         database.connection,
@@ -278,7 +278,7 @@ def test_outcomes_come_in_the_order_given_and_by_the_same_rules(database: Databa
     ]
 
 
-def test_a_user_whose_row_is_held_is_busy_and_nothing_is_done(
+def test_a_debit_of_a_locked_user_is_busy_and_not_charged(
     database: Database, migrated_port: int
 ) -> None:
     held, free, item_id = database.add_user(), database.add_user(), database.add_item()
@@ -289,7 +289,7 @@ def test_a_user_whose_row_is_held_is_busy_and_nothing_is_done(
     assert batch(database.connection, wish(held, item_id, "a"))[0]["outcome"] == "debited"
 
 
-def test_an_item_that_is_held_makes_its_buyers_busy_and_nobody_else(
+def test_a_locked_item_makes_only_its_own_debits_busy(
     database: Database, migrated_port: int
 ) -> None:
     users = [database.add_user(), database.add_user()]
@@ -304,7 +304,7 @@ def test_an_item_that_is_held_makes_its_buyers_busy_and_nobody_else(
 @pytest.mark.alone
 @pytest.mark.parametrize("held", [20, 40])
 @repeated_if_too_slow
-def test_held_rows_delay_nobody_else_however_many_they_are(
+def test_many_locked_rows_do_not_delay_other_users(
     start_service: Start, database: Database, migrated_port: int, held: int
 ) -> None:
     """The gateway's pool is smaller than the number of held rows."""
@@ -335,7 +335,7 @@ def timed(service: httpx.Client, user_id: int, item_id: UUID) -> float:
 
 @pytest.mark.alone
 @repeated_if_too_slow
-def test_a_held_item_delays_only_its_own_buyers(
+def test_a_locked_item_delays_only_its_own_debits(
     start_service: Start, database: Database, migrated_port: int
 ) -> None:
     held, free = database.add_item(), database.add_item()
@@ -353,7 +353,7 @@ def test_a_held_item_delays_only_its_own_buyers(
 
 
 @pytest.mark.parametrize("fault", ["aborted transaction kept", "node lost at commit"])
-def test_a_connection_that_postgrest_should_not_have_kept_refuses_nobody_for_good(
+def test_a_debit_succeeds_after_errors_of_a_reused_connection(
     start_service: Start, gateway: WatchedGateway, database: Database, fault: str
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -363,7 +363,7 @@ def test_a_connection_that_postgrest_should_not_have_kept_refuses_nobody_for_goo
     assert database.debits(user_id) == [350]
 
 
-def test_a_retry_after_an_earlier_success_is_a_replay_although_its_own_response_was_lost(
+def test_a_retry_is_a_replay_although_its_own_response_was_lost(
     start_service: Start, gateway: WatchedGateway, database: Database
 ) -> None:
     user_id, item_id, poor = database.add_user(), database.add_item(), database.add_user(0)

@@ -34,7 +34,7 @@ def actors(database: Database, user_id: int) -> list[str | None]:
     return [row[0] for row in rows]
 
 
-def test_another_clients_key_is_reused_and_not_replayed(
+def test_the_key_of_another_client_is_rejected_as_reused(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(1000), database.add_item(350)
@@ -47,14 +47,18 @@ def test_another_clients_key_is_reused_and_not_replayed(
     assert actors(database, user_id) == ["database:postgres", "web-shop"]
 
 
-def test_a_decline_belongs_to_its_client_too(service: httpx.Client, database: Database) -> None:
+def test_a_decline_is_replayed_only_to_its_client(
+    service: httpx.Client, database: Database
+) -> None:
     user_id, item_id = database.add_user(0), database.add_item(350)
     assert code(post_debit(service, user_id, item_id, azp="web-shop")) == "insufficient_funds"
     assert code(post_debit(service, user_id, item_id, azp="kiosk-1")) == "idempotency_key_reused"
     assert code(post_debit(service, user_id, item_id, azp="web-shop")) == "insufficient_funds"
 
 
-def test_another_client_does_not_get_the_outcome(service: httpx.Client, database: Database) -> None:
+def test_another_client_cannot_look_up_the_outcome(
+    service: httpx.Client, database: Database
+) -> None:
     user_id, item_id = database.add_user(1000), database.add_item(350)
     post_debit(service, user_id, item_id, azp="web-shop")
     other = get_outcome(service, user_id, azp="kiosk-1")
@@ -64,7 +68,7 @@ def test_another_client_does_not_get_the_outcome(service: httpx.Client, database
     assert "actor" not in own.json()
 
 
-def test_another_client_gets_no_replay_of_an_item_that_was_removed(
+def test_another_client_gets_no_replay_for_an_inactive_item(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(1000), database.add_item(350)
@@ -76,7 +80,7 @@ def test_another_client_gets_no_replay_of_an_item_that_was_removed(
     assert post_debit(service, user_id, item_id, azp="web-shop").status_code == 200
 
 
-def test_where_a_client_is_not_known_the_key_alone_decides(
+def test_without_a_client_id_the_key_alone_identifies_the_debit(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(1000), database.add_item(350)
@@ -102,14 +106,14 @@ def test_where_a_client_is_not_known_the_key_alone_decides(
         ({}, None),
     ],
 )
-def test_a_machine_is_named_by_its_client_and_a_person_by_client_and_subject(
+def test_the_actor_is_the_client_and_for_people_also_the_subject(
     claims: dict[str, Any], actor: str | None
 ) -> None:
     assert read_actor(claims) == actor
 
 
 @pytest.mark.parametrize("name", ["x" * (ACTOR_LENGTH_MAX + 1), "kiosk\0", "kiösk", "\ud800"])
-def test_a_name_that_is_long_or_cannot_be_stored_becomes_its_hash(name: str) -> None:
+def test_a_long_or_invalid_actor_is_stored_as_its_hash(name: str) -> None:
     actor = read_actor({"azp": name})
     assert actor is not None
     assert actor.startswith("sha256:")

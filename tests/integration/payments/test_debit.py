@@ -32,9 +32,7 @@ def test_a_debit_takes_the_price_from_the_balance(
     assert database.debits(user_id) == [350]
 
 
-def test_an_item_that_costs_nothing_is_a_debit_of_nothing(
-    service: httpx.Client, database: Database
-) -> None:
+def test_a_free_item_is_a_debit_of_zero(service: httpx.Client, database: Database) -> None:
     user_id, item_id = database.add_user(0), database.add_item(0)
 
     payment = post_debit(service, user_id, item_id).json()
@@ -58,9 +56,7 @@ def test_card_ids_beyond_32_bits_are_charged(
     assert database.debits(user_id) == [350, 350]
 
 
-def test_the_expected_price_is_charged_when_it_is_the_price(
-    service: httpx.Client, database: Database
-) -> None:
+def test_a_matching_expected_price_is_charged(service: httpx.Client, database: Database) -> None:
     user_id, item_id = database.add_user(5000), database.add_item(350)
 
     assert post_debit(service, user_id, item_id, expected_price=350).status_code == 200
@@ -76,34 +72,36 @@ def assert_refused(response: httpx.Response, status: int, code: str, detail: str
     assert problem["request_id"] == response.headers["x-request-id"]
 
 
-def test_an_unknown_user_is_refused(service: httpx.Client, database: Database) -> None:
+def test_an_unknown_user_is_declined(service: httpx.Client, database: Database) -> None:
     item_id = database.add_item(0)
     response = post_debit(service, 987654321, item_id)
     assert_refused(response, 404, "user_not_found", "User not found")
 
 
-def test_an_inactive_user_is_refused(service: httpx.Client, database: Database) -> None:
+def test_an_inactive_user_is_declined(service: httpx.Client, database: Database) -> None:
     user_id, item_id = database.add_user(active=False), database.add_item()
     response = post_debit(service, user_id, item_id)
     assert_refused(response, 403, "user_inactive", "User is not active")
     assert database.debits(user_id) == []
 
 
-def test_an_unknown_item_is_refused(service: httpx.Client, database: Database) -> None:
+def test_an_unknown_item_is_declined(service: httpx.Client, database: Database) -> None:
     user_id = database.add_user()
     response = post_debit(service, user_id, uuid4())
     assert_refused(response, 404, "item_not_found", "Item not found")
     assert database.debits(user_id) == []
 
 
-def test_an_inactive_item_is_refused(service: httpx.Client, database: Database) -> None:
+def test_an_inactive_item_is_declined(service: httpx.Client, database: Database) -> None:
     user_id, item_id = database.add_user(), database.add_item(active=False)
     response = post_debit(service, user_id, item_id)
     assert_refused(response, 409, "item_inactive", "Item is not for sale")
     assert database.debits(user_id) == []
 
 
-def test_a_changed_price_is_told_and_not_charged(service: httpx.Client, database: Database) -> None:
+def test_a_changed_price_is_returned_and_not_charged(
+    service: httpx.Client, database: Database
+) -> None:
     user_id, item_id = database.add_user(), database.add_item(400)
     response = post_debit(service, user_id, item_id, expected_price=350)
     assert_refused(response, 409, "price_changed", "The price has changed")
@@ -111,7 +109,7 @@ def test_a_changed_price_is_told_and_not_charged(service: httpx.Client, database
     assert database.debits(user_id) == []
 
 
-def test_a_balance_below_the_price_is_refused_without_telling_it(
+def test_insufficient_funds_are_declined_without_revealing_the_balance(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(349), database.add_item(350)
@@ -121,7 +119,7 @@ def test_a_balance_below_the_price_is_refused_without_telling_it(
     assert database.balance(user_id) == 349
 
 
-def test_a_balance_equal_to_the_price_is_enough_once(
+def test_a_balance_equal_to_the_price_pays_for_one_debit(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(350), database.add_item(350)
@@ -130,15 +128,13 @@ def test_a_balance_equal_to_the_price_is_enough_once(
     assert database.debits(user_id) == [350]
 
 
-def test_the_item_is_refused_before_the_user_is_looked_at(
-    service: httpx.Client, database: Database
-) -> None:
+def test_the_item_is_checked_before_the_user(service: httpx.Client, database: Database) -> None:
     inactive_item = database.add_item(active=False)
     response = post_debit(service, 987654321, inactive_item)
     assert response.json()["code"] == "item_inactive"
 
 
-def test_many_clients_on_few_users_never_overdraw_and_lose_nothing(
+def test_concurrent_debits_neither_overdraw_a_balance_nor_get_lost(
     service: httpx.Client, database: Database
 ) -> None:
     balances = [1000, 3330, 7777]

@@ -70,7 +70,7 @@ PRODUCTS_NONSENSE = {
 
 
 @pytest.mark.parametrize("answer", PRODUCTS_NONSENSE.values(), ids=PRODUCTS_NONSENSE.keys())
-def test_nonsense_from_the_products_service_charges_nobody(
+def test_an_invalid_response_from_the_products_service_charges_nothing(
     start_service: Start, database: Database, answer: bytes
 ) -> None:
     user_id = database.add_user()
@@ -81,7 +81,7 @@ def test_nonsense_from_the_products_service_charges_nobody(
     assert database.debits(user_id) == []
 
 
-def test_a_products_service_that_is_down_charges_nobody(
+def test_an_unreachable_products_service_charges_nothing(
     start_service: Start, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -91,7 +91,7 @@ def test_a_products_service_that_is_down_charges_nobody(
     assert service.get("/ready").json()["dependencies"]["products"] == "unavailable"
 
 
-def test_a_debit_whose_time_is_up_when_the_item_is_known_is_not_sent(
+def test_a_debit_whose_deadline_passed_during_the_item_lookup_is_not_sent(
     start_service: Start, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -111,7 +111,7 @@ def test_a_debit_whose_time_is_up_when_the_item_is_known_is_not_sent(
     assert database.debits(user_id) == []
 
 
-def test_the_ledger_decides_when_the_products_service_is_behind(
+def test_the_ledger_overrules_an_outdated_products_service(
     start_service: Start, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item(active=False)
@@ -156,7 +156,7 @@ LEDGER_FAULTS = {
 
 
 @pytest.mark.parametrize(("answer", "told"), LEDGER_FAULTS.values(), ids=LEDGER_FAULTS.keys())
-def test_a_fault_of_the_gateway_is_told_as_what_it_is(
+def test_a_gateway_fault_returns_the_matching_code(
     start_service: Start,
     database: Database,
     answer: bytes,
@@ -178,13 +178,13 @@ def test_a_fault_of_the_gateway_is_told_as_what_it_is(
     assert ready.json()["dependencies"]["ledger"] == told[1]
 
 
-def test_a_gateway_that_is_down_has_not_charged(start_service: Start, database: Database) -> None:
+def test_an_unreachable_gateway_charges_nothing(start_service: Start, database: Database) -> None:
     item_id = database.add_item()
     service = start_service(supabase_url=f"http://127.0.0.1:{free_port()}")
     assert debit(service, 1, item_id) == LEDGER_UNAVAILABLE
 
 
-def test_a_gateway_that_goes_silent_leaves_the_outcome_unknown(
+def test_a_silent_gateway_leaves_the_outcome_unknown(
     start_service: Start, database: Database
 ) -> None:
     item_id = database.add_item()
@@ -193,7 +193,7 @@ def test_a_gateway_that_goes_silent_leaves_the_outcome_unknown(
         assert debit(service, 1, item_id) == OUTCOME_UNKNOWN
 
 
-def test_a_key_without_the_right_role_is_refused_and_never_ready(
+def test_a_supabase_key_with_the_wrong_role_is_rejected_and_never_ready(
     start_service: Start, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -206,7 +206,7 @@ def test_a_key_without_the_right_role_is_refused_and_never_ready(
     assert database.debits(user_id) == []
 
 
-def test_a_row_that_somebody_holds_is_not_charged_after_the_lock_timeout(
+def test_a_locked_user_is_not_charged_after_the_lock_timeout(
     service: httpx.Client, database: Database, migrated_port: int
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -218,7 +218,7 @@ def test_a_row_that_somebody_holds_is_not_charged_after_the_lock_timeout(
     assert debit(service, user_id, item_id)[0] == 200
 
 
-def test_the_log_tells_a_refused_connection_from_a_slow_one(
+def test_the_log_says_that_a_connection_was_refused(
     start_service: Start, database: Database, caplog: pytest.LogCaptureFixture
 ) -> None:
     closed = f"http://127.0.0.1:{free_port()}"
@@ -251,7 +251,7 @@ def ledger_state(service: httpx.Client) -> str:
     ],
     ids=["HTML", "JSON", "a date", "absurd"],
 )
-def test_a_gateway_that_asks_to_wait_is_not_called_meanwhile(
+def test_a_gateway_is_not_called_before_its_retry_after(
     start_service: Start, database: Database, answer: bytes, seconds: int
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -285,7 +285,7 @@ class LimitingGateway(Relay):
             connection.sendall(waiting_answer("429 Too Many Requests", self._retry_after))
 
 
-def test_a_debit_that_a_gateway_limits_is_unknown_until_it_may_be_asked_for(
+def test_a_rate_limited_debit_is_unknown_until_it_can_be_retried(
     start_service: Start, gateway_url: str, database: Database
 ) -> None:
     item_id = database.add_item(price=350)
@@ -305,7 +305,7 @@ def test_a_debit_that_a_gateway_limits_is_unknown_until_it_may_be_asked_for(
                 assert gateway.calls == 1
 
 
-def test_an_unknown_debit_without_a_key_is_not_asked_for_again(
+def test_an_unknown_debit_without_a_key_is_not_retried(
     start_service: Start, gateway_url: str, database: Database
 ) -> None:
     item_id, user_id = database.add_item(), database.add_user()
@@ -315,7 +315,7 @@ def test_an_unknown_debit_without_a_key_is_not_asked_for_again(
         assert debit(service, user_id, item_id) == OUTCOME_UNKNOWN
 
 
-def test_a_products_service_that_asks_to_wait_is_not_called_meanwhile(
+def test_the_products_service_is_not_called_before_its_retry_after(
     start_service: Start, database: Database
 ) -> None:
     with RawServer(waiting_answer("429 Too Many Requests", "30")) as products:

@@ -24,7 +24,7 @@ def assert_replay(first: httpx.Response, again: httpx.Response) -> None:
     }
 
 
-def test_a_retry_gets_the_first_answer_and_is_not_charged(
+def test_a_retry_returns_the_first_response_and_is_not_charged(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -44,7 +44,7 @@ def test_a_key_is_the_same_with_and_without_quotes(
     assert database.debits(user_id) == [350]
 
 
-def test_without_a_key_each_request_is_a_debit_of_its_own(
+def test_without_a_key_each_request_is_a_new_debit(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -57,7 +57,7 @@ BAD_KEYS = ["", '""', '"', '"half', 'half"', 'in"side', "with space", "x" * 256,
 
 
 @pytest.mark.parametrize("key", BAD_KEYS)
-def test_a_key_that_is_none_is_refused(service: httpx.Client, database: Database, key: str) -> None:
+def test_an_invalid_key_is_rejected(service: httpx.Client, database: Database, key: str) -> None:
     user_id, item_id = database.add_user(), database.add_item()
     response = service.post(
         "/payments/debit",
@@ -69,7 +69,7 @@ def test_a_key_that_is_none_is_refused(service: httpx.Client, database: Database
     assert database.debits(user_id) == []
 
 
-def test_two_keys_in_one_request_are_refused(service: httpx.Client, database: Database) -> None:
+def test_two_keys_in_one_request_are_rejected(service: httpx.Client, database: Database) -> None:
     user_id, item_id = database.add_user(), database.add_item()
     response = service.post(
         "/payments/debit",
@@ -80,12 +80,12 @@ def test_two_keys_in_one_request_are_refused(service: httpx.Client, database: Da
 
 
 @pytest.mark.parametrize("key", ["x", "x" * 255, '"' + "x" * 255 + '"', "!#$%&'()*+,-./:;<=>?@~"])
-def test_every_allowed_key_is_taken(service: httpx.Client, database: Database, key: str) -> None:
+def test_every_valid_key_is_accepted(service: httpx.Client, database: Database, key: str) -> None:
     user_id, item_id = database.add_user(), database.add_item()
     assert_replay(*(post_debit(service, user_id, item_id, key) for _ in range(2)))
 
 
-def test_every_decline_is_replayed_although_it_would_go_through_now(
+def test_a_decline_is_replayed_after_its_reason_is_gone(
     service: httpx.Client, database: Database
 ) -> None:
     execute = database.connection.execute
@@ -116,14 +116,14 @@ def test_every_decline_is_replayed_although_it_would_go_through_now(
     assert database.debits(poor) == database.debits(inactive) == database.debits(user_id) == []
 
 
-def test_an_unknown_user_is_not_remembered(service: httpx.Client, database: Database) -> None:
+def test_user_not_found_is_not_stored(service: httpx.Client, database: Database) -> None:
     item_id, user_id = database.add_item(), uuid4().int >> 70
     assert post_debit(service, user_id, item_id, "key").status_code == 404
     database.add_user(user_id=user_id)
     assert post_debit(service, user_id, item_id, "key").status_code == 200
 
 
-def test_a_refusal_of_the_products_service_is_not_remembered(
+def test_item_inactive_of_the_products_service_is_not_stored(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item(active=False)
@@ -132,7 +132,7 @@ def test_a_refusal_of_the_products_service_is_not_remembered(
     assert post_debit(service, user_id, item_id, "key").status_code == 200
 
 
-def test_a_key_used_for_something_else_is_refused(
+def test_a_key_reused_for_another_debit_is_rejected(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id, other = database.add_user(), database.add_item(350), database.add_item(100)
@@ -145,7 +145,7 @@ def test_a_key_used_for_something_else_is_refused(
     assert database.debits(user_id) == [350]
 
 
-def test_a_retry_is_answered_when_the_item_is_gone(
+def test_a_retry_is_replayed_when_the_item_is_gone(
     service: httpx.Client, start_service: Start, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -161,7 +161,7 @@ def test_a_retry_is_answered_when_the_item_is_gone(
     assert other.json()["code"] == "item_inactive"
 
 
-def test_a_retry_is_answered_when_the_products_service_is_down(
+def test_a_retry_is_replayed_when_the_products_service_is_down(
     service: httpx.Client, start_service: Start, database: Database
 ) -> None:
     user_id, poor, item_id = database.add_user(), database.add_user(0), database.add_item()
@@ -175,7 +175,7 @@ def test_a_retry_is_answered_when_the_products_service_is_down(
     assert database.debits(user_id) == [350]
 
 
-def test_a_retry_is_not_refused_when_it_can_not_be_looked_up(
+def test_a_retry_returns_ledger_unavailable_when_it_cannot_be_looked_up(
     start_service: Start, database: Database
 ) -> None:
     nothing = start_service(
@@ -199,7 +199,7 @@ def test_concurrent_requests_with_one_key_charge_once_and_agree(
     assert database.debits(user_id) == [350]
 
 
-def test_the_outcome_route_tells_what_the_debit_answered(
+def test_the_outcome_route_returns_the_outcome_of_the_debit(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, poor, item_id = database.add_user(), database.add_user(0), database.add_item()
@@ -228,7 +228,7 @@ def test_the_outcome_route_tells_what_the_debit_answered(
         ("user_id=1&idempotency_key=a%20b", "idempotency_key"),
     ],
 )
-def test_a_bad_question_is_refused_and_its_fault_named(
+def test_an_invalid_lookup_is_rejected_with_the_parameter_name(
     service: httpx.Client, query: str, parameter: str
 ) -> None:
     response = service.get(f"/payments/outcome?{query}")
@@ -236,7 +236,7 @@ def test_a_bad_question_is_refused_and_its_fault_named(
     assert [fault["parameter"] for fault in response.json()["errors"]] == [parameter]
 
 
-def test_an_outcome_that_can_not_be_looked_up_is_not_made_up(start_service: Start) -> None:
+def test_a_lookup_returns_ledger_unavailable_when_the_ledger_fails(start_service: Start) -> None:
     service = start_service(supabase_url="http://127.0.0.1:1")
     response = ask_outcome(service, 1, "key")
     assert (response.status_code, response.json()["code"]) == (503, "ledger_unavailable")

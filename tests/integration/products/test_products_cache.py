@@ -41,7 +41,7 @@ def debit(service: httpx.Client, user_id: int, item_id: UUID) -> str:
     return code_of(post_debit(service, user_id, item_id))
 
 
-def test_an_answer_is_used_again_for_a_while(start_service: Start, database: Database) -> None:
+def test_a_response_is_cached(start_service: Start, database: Database) -> None:
     user_id, item_id, other = database.add_user(), database.add_item(), database.add_item()
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=30)
@@ -51,9 +51,7 @@ def test_an_answer_is_used_again_for_a_while(start_service: Start, database: Dat
         assert items.calls == 2
 
 
-def test_an_answer_is_asked_for_again_when_it_is_old(
-    start_service: Start, database: Database
-) -> None:
+def test_an_expired_response_is_fetched_again(start_service: Start, database: Database) -> None:
     user_id, item_id = database.add_user(), database.add_item()
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=0.05)
@@ -64,7 +62,7 @@ def test_an_answer_is_asked_for_again_when_it_is_old(
     raise AssertionError("it was asked for once only")
 
 
-def test_requests_for_one_item_at_a_time_share_one_call(
+def test_concurrent_requests_for_one_item_share_one_call(
     start_service: Start, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(8)], database.add_item()
@@ -93,7 +91,7 @@ def test_the_last_response_is_used_when_the_products_service_fails(
 
 @pytest.mark.alone
 @repeated_if_too_slow
-def test_a_debit_of_a_known_item_does_not_wait_for_a_silent_products_service(
+def test_a_debit_of_a_cached_item_does_not_wait_for_a_silent_products_service(
     start_service: Start, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(20)], database.add_item()
@@ -110,7 +108,7 @@ def test_a_debit_of_a_known_item_does_not_wait_for_a_silent_products_service(
 
 
 @pytest.mark.alone
-def test_a_failure_is_remembered_for_a_second(start_service: Start, database: Database) -> None:
+def test_a_failure_is_cached_for_a_second(start_service: Start, database: Database) -> None:
     user_id, item_id = database.add_user(), database.add_item()
     with Items() as items:
         service = start_service(products_service_url=items.url, products_cache_seconds=30)
@@ -123,7 +121,7 @@ def test_a_failure_is_remembered_for_a_second(start_service: Start, database: Da
         await_true(lambda: debit(service, user_id, item_id) == "debited")
 
 
-def test_the_ledger_still_refuses_what_a_kept_answer_lets_through(
+def test_the_ledger_declines_an_inactive_item_despite_a_cached_response(
     start_service: Start, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()

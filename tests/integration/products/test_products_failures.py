@@ -17,8 +17,8 @@ from servers import RawServer, SocketServer, await_true, http_answer
 from timing import assert_below, repeated_if_too_slow
 
 from app.errors import ItemNotFound, ProductsUnavailable
+from app.http_client.availability import FailureLog
 from app.http_client.client import http_client
-from app.http_client.failures import FailureLog
 from app.products.cache import ITEMS_MAX, Products
 from app.products.client import ITEM_BYTES_MAX, ProductsClient
 from app.telemetry.metrics import Metrics
@@ -99,7 +99,7 @@ async def until_told(products: Products, told: str) -> None:
 
 
 @repeated_if_too_slow
-def test_nobody_waits_for_a_known_item_while_the_products_service_is_silent() -> None:
+def test_a_cached_item_is_returned_without_waiting_for_a_silent_products_service() -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url, cache_seconds=0.001, timeout_seconds=5) as products:
             assert (await ask(products, COFFEE))[0] == "for sale"
@@ -114,7 +114,7 @@ def test_nobody_waits_for_a_known_item_while_the_products_service_is_silent() ->
     run(scenario)
 
 
-def test_the_call_in_the_background_brings_the_cache_up_to_date() -> None:
+def test_a_background_call_updates_the_cache() -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url, cache_seconds=0.001) as products:
             assert (await ask(products, COFFEE))[0] == "for sale"
@@ -129,7 +129,7 @@ def test_the_call_in_the_background_brings_the_cache_up_to_date() -> None:
     run(scenario)
 
 
-def test_an_item_that_is_gone_is_forgotten() -> None:
+def test_an_item_that_is_gone_is_removed_from_the_cache() -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url, cache_seconds=0.001) as products:
             assert (await ask(products, COFFEE))[0] == "for sale"
@@ -147,7 +147,7 @@ def test_an_item_that_is_gone_is_forgotten() -> None:
 
 
 @repeated_if_too_slow
-def test_a_known_item_is_sold_without_a_cache_too_while_the_products_service_is_silent() -> None:
+def test_a_known_item_is_sold_during_silence_with_a_cache_time_of_zero() -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url, cache_seconds=0, timeout_seconds=0.5) as products:
             for calls in (1, 2, 3):
@@ -166,7 +166,7 @@ def test_a_known_item_is_sold_without_a_cache_too_while_the_products_service_is_
 
 @pytest.mark.parametrize("fault", [BROKEN, SILENT], ids=["status 500", "silent"])
 @repeated_if_too_slow
-def test_an_outage_costs_one_call_a_second(fault: bytes) -> None:
+def test_an_outage_causes_one_call_per_second(fault: bytes) -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url, timeout_seconds=0.1) as products:
             items.default = fault
@@ -185,7 +185,7 @@ def test_an_outage_costs_one_call_a_second(fault: bytes) -> None:
     run(scenario)
 
 
-def test_callers_are_told_at_once_and_when_to_try_again() -> None:
+def test_requests_fail_immediately_with_retry_after_during_an_outage() -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url, timeout_seconds=0.2, failure_seconds=5) as products:
             items.default = SILENT
@@ -216,7 +216,7 @@ def test_items_are_sold_again_when_the_products_service_is_back() -> None:
 
 
 @pytest.mark.parametrize("fault", [BROKEN, SILENT], ids=["status 500", "silent"])
-def test_an_item_that_always_fails_stops_no_other(fault: bytes) -> None:
+def test_a_failing_item_does_not_affect_other_items(fault: bytes) -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url, cache_seconds=0, timeout_seconds=0.5) as products:
             items.answers[COFFEE] = fault
@@ -230,7 +230,7 @@ def test_an_item_that_always_fails_stops_no_other(fault: bytes) -> None:
     run(scenario)
 
 
-def test_an_item_that_always_fails_does_not_prolong_an_outage() -> None:
+def test_a_failing_item_does_not_prolong_an_outage() -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url) as products:
             items.default = BROKEN
@@ -244,7 +244,7 @@ def test_an_item_that_always_fails_does_not_prolong_an_outage() -> None:
     run(scenario)
 
 
-def test_a_caller_who_leaves_does_not_end_the_call_of_another() -> None:
+def test_a_cancelled_request_does_not_cancel_the_shared_call() -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url, timeout_seconds=5) as products:
             items.default = SILENT  # until it may answer
@@ -270,7 +270,7 @@ def test_the_cache_has_a_limit_and_keeps_the_latest_responses() -> None:
     run(scenario)
 
 
-def test_a_closed_client_leaves_no_call_behind() -> None:
+def test_closing_the_client_cancels_its_calls() -> None:
     async def scenario(items: Items) -> None:
         async with opened(items.url, cache_seconds=0.001, timeout_seconds=5) as products:
             await products.get_item(COFFEE)
@@ -307,7 +307,7 @@ def test_a_closed_client_leaves_no_call_behind() -> None:
         ),
     ],
 )
-def test_the_log_tells_why_a_call_failed(
+def test_the_log_says_why_a_call_failed(
     caplog: pytest.LogCaptureFixture, answer: bytes | None, reason: str
 ) -> None:
     async def fail(url: str) -> None:
@@ -320,7 +320,7 @@ def test_the_log_tells_why_a_call_failed(
     assert caplog.messages == [f"products service: {reason}"]
 
 
-def test_a_reason_that_comes_again_is_counted_once_a_second(
+def test_repeated_reasons_are_logged_once_a_second_with_a_count(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def fail() -> None:
@@ -340,7 +340,7 @@ def test_a_reason_that_comes_again_is_counted_once_a_second(
     ]
 
 
-def test_reasons_that_always_differ_do_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_changing_reasons_do_not_flood_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def fail() -> None:
         failures = FailureLog(logging.getLogger("test"), "ledger")
         for number in range(1000):

@@ -34,7 +34,7 @@ class Guarded(SocketServer):
             connection.sendall(http_answer("200 OK", body))
 
 
-def test_the_token_is_passed_on_to_the_products_service_and_not_to_the_ledger(
+def test_the_token_is_forwarded_to_the_products_service_but_not_to_the_ledger(
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -55,7 +55,7 @@ def test_the_token_is_passed_on_to_the_products_service_and_not_to_the_ledger(
     assert all(token.encode() not in request for request in gateway.requests)
 
 
-def test_a_token_that_the_products_service_refuses_is_forbidden_to_its_caller_alone(
+def test_a_token_rejected_by_the_products_service_affects_only_its_caller(
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
     refused, good = make_token(sub="refused"), make_token(sub="good")
@@ -76,7 +76,7 @@ def test_a_token_that_the_products_service_refuses_is_forbidden_to_its_caller_al
     assert set(told[1::2]) <= {"forbidden", "debited"}  # a known item is known to all
 
 
-def test_a_retry_is_answered_although_the_products_service_refuses_the_token(
+def test_a_retry_is_replayed_although_the_products_service_rejects_the_token(
     start_service: Start, issuer: Issuer, database: Database
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -98,7 +98,7 @@ def test_a_retry_is_answered_although_the_products_service_refuses_the_token(
 SERVICE_TOKEN = secrets.token_hex()
 
 
-def test_the_products_service_gets_the_services_own_token_and_never_the_callers(
+def test_a_configured_token_replaces_the_callers_token(
     gateway_url: str, issuer: Issuer, database: Database, tmp_path: Path
 ) -> None:
     item_id, other_id = str(database.add_item()), str(uuid4())
@@ -123,7 +123,7 @@ def test_the_products_service_gets_the_services_own_token_and_never_the_callers(
     assert caller not in log.read_text()
 
 
-def test_a_service_without_authentication_has_a_token_for_the_products_service_too(
+def test_a_configured_token_is_sent_without_authentication(
     start_service: Start, database: Database
 ) -> None:
     body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
@@ -135,7 +135,7 @@ def test_a_service_without_authentication_has_a_token_for_the_products_service_t
 
 
 @pytest.mark.parametrize("status", ["401 Unauthorized", "403 Forbidden"])
-def test_a_refusal_of_the_services_own_token_is_not_the_callers_fault(
+def test_a_rejected_configured_token_returns_products_unavailable(
     gateway_url: str, database: Database, status: str, tmp_path: Path
 ) -> None:
     body = {"user_id": database.add_user(), "item_id": str(database.add_item())}

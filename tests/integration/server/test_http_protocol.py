@@ -115,7 +115,7 @@ def read_answer(connection: socket.socket) -> Answer:
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
 @pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS.keys())
-def test_a_debit_that_offers_another_protocol_is_charged_over_http_1_1(
+def test_an_upgrade_request_is_ignored_and_the_debit_is_charged(
     process: Process, body: bytes, offer: bytes, chunked: bool
 ) -> None:
     head, content = debit(body, offer, chunked=chunked)
@@ -129,7 +129,7 @@ def test_a_debit_that_offers_another_protocol_is_charged_over_http_1_1(
         assert json.loads(read_answer(connection).body)["new_balance"] == 300
 
 
-def test_an_offer_that_arrives_byte_by_byte_is_ignored_too(process: Process, body: bytes) -> None:
+def test_an_upgrade_request_sent_byte_by_byte_is_ignored(process: Process, body: bytes) -> None:
     head, content = debit(body, H2C)
     with process.connect() as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -138,7 +138,7 @@ def test_an_offer_that_arrives_byte_by_byte_is_ignored_too(process: Process, bod
         assert read_answer(connection).status == 200
 
 
-def test_an_offer_with_100_continue_asks_for_the_body(process: Process, body: bytes) -> None:
+def test_an_upgrade_request_with_expect_gets_100_continue(process: Process, body: bytes) -> None:
     head, content = debit(body, OFFERS["h2c and 100-continue"])
     with process.connect() as connection:
         connection.sendall(head)
@@ -147,7 +147,7 @@ def test_an_offer_with_100_continue_asks_for_the_body(process: Process, body: by
         assert read_answer(connection).status == 200
 
 
-def test_curl_with_http2_is_charged(process: Process, body: bytes) -> None:
+def test_a_debit_from_curl_with_http2_is_charged(process: Process, body: bytes) -> None:
     command = [find_program("curl"), "-sS", "--http2", "-w", "%{http_code}", "-d", body.decode()]
     done = subprocess.run(
         [*command, "-H", "Content-Type: application/json", f"{process.url}/payments/debit"],
@@ -158,7 +158,7 @@ def test_curl_with_http2_is_charged(process: Process, body: bytes) -> None:
     assert done.stdout.endswith(b"200")
 
 
-def test_javas_own_client_with_its_defaults_is_charged(process: Process, body: bytes) -> None:
+def test_a_debit_from_the_java_http_client_is_charged(process: Process, body: bytes) -> None:
     java = find_program("java")
     modules = subprocess.run([java, "--list-modules"], capture_output=True, check=True).stdout
     if b"jdk.compiler" not in modules:
@@ -200,7 +200,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("sent", MALFORMED.values(), ids=MALFORMED.keys())
-def test_what_is_not_http_1_1_is_a_problem_that_is_logged_and_counted(
+def test_a_malformed_request_returns_a_problem_and_is_logged_and_counted(
     process: Process, sent: bytes
 ) -> None:
     with process.connect() as connection:
@@ -214,7 +214,7 @@ def test_what_is_not_http_1_1_is_a_problem_that_is_logged_and_counted(
     assert 'route="unmatched",status="400"' in httpx.get(f"{process.url}/metrics").text
 
 
-def test_a_fault_after_good_requests_is_answered_after_them(process: Process) -> None:
+def test_a_malformed_pipelined_request_is_rejected_after_the_valid_ones(process: Process) -> None:
     with process.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n\r\n" * 2 + b"nonsense\r\n\r\n")
         assert [read_answer(connection).status for _ in range(3)] == [200, 200, 400]
@@ -224,7 +224,7 @@ def test_a_fault_after_good_requests_is_answered_after_them(process: Process) ->
 @pytest.mark.parametrize(
     "line", [b"GET /%b HTTP/1.1\r\n", b"GET /health HTTP/1.1\r\nX: %b\r\n"], ids=["path", "header"]
 )
-def test_headers_up_to_64_kib_are_read_and_larger_ones_are_refused(
+def test_headers_up_to_64_kib_are_accepted_and_larger_headers_are_rejected(
     process: Process, line: bytes
 ) -> None:
     for size, statuses in ((HEAD_BYTES_MAX - 100, (200, 404)), (HEAD_BYTES_MAX + 1, (431,))):
@@ -236,13 +236,13 @@ def test_headers_up_to_64_kib_are_read_and_larger_ones_are_refused(
                 assert answer.code == "headers_too_large"
 
 
-def test_headers_without_an_end_are_refused(process: Process) -> None:
+def test_endless_headers_are_rejected(process: Process) -> None:
     with process.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\n" + b"X: %b\r\n" % (b"x" * 90) * 2000)
         assert read_answer(connection).code == "headers_too_large"
 
 
-def test_each_wait_for_a_caller_ends_after_ten_seconds(process: Process, body: bytes) -> None:
+def test_slow_clients_time_out_after_ten_seconds(process: Process, body: bytes) -> None:
     head, content = debit(body)
     started = time.monotonic()
     silent, half_head, half_body, idle_then_half = (process.connect() for _ in range(4))
@@ -260,7 +260,7 @@ def test_each_wait_for_a_caller_ends_after_ten_seconds(process: Process, body: b
     assert 9 < time.monotonic() - started < 13
 
 
-def test_sigterm_waits_for_slow_callers_no_longer_than_their_deadlines(
+def test_sigterm_waits_for_slow_clients_no_longer_than_their_timeouts(
     gateway_url: str, products_url: str, body: bytes, tmp_path: Path
 ) -> None:
     head, content = debit(body)
@@ -286,7 +286,7 @@ def test_sigterm_waits_for_slow_callers_no_longer_than_their_deadlines(
     assert [line for line in lines if line["level"] == "error" or "exception" in line] == []
 
 
-def test_pipelined_requests_are_answered_in_their_order(process: Process) -> None:
+def test_pipelined_responses_keep_the_order_of_the_requests(process: Process) -> None:
     with process.connect() as connection:
         paths = [b"/health", b"/nowhere", b"/problems/overloaded"] * 20
         connection.sendall(b"".join(b"GET %b HTTP/1.1\r\n\r\n" % path for path in paths))

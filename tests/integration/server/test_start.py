@@ -47,7 +47,9 @@ def start(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_by_default_it_listens_on_ipv4_and_ipv6(gateway_url: str, products_url: str) -> None:
+def test_the_server_listens_on_ipv4_and_ipv6_by_default(
+    gateway_url: str, products_url: str
+) -> None:
     port = free_port()
     environment = SETTINGS | {"SUPABASE_URL": gateway_url, "PRODUCTS_SERVICE_URL": products_url}
     with subprocess.Popen(
@@ -62,7 +64,7 @@ def test_by_default_it_listens_on_ipv4_and_ipv6(gateway_url: str, products_url: 
     assert process.returncode in (0, -signal.SIGTERM)
 
 
-def test_a_request_that_is_cut_off_at_the_end_is_one_line_and_no_traceback(
+def test_a_request_cancelled_at_shutdown_is_logged_without_a_traceback(
     products_url: str, database: Database, tmp_path: Path
 ) -> None:
     """Started otherwise than here, the server may be told to wait no longer than this."""
@@ -94,7 +96,7 @@ def test_a_request_that_is_cut_off_at_the_end_is_one_line_and_no_traceback(
     assert [line["code"] for line in lines if line.get("route") == "/payments/debit"] == ["cut_off"]
 
 
-def test_the_query_of_a_handshake_is_not_logged_by_another_start_either(tmp_path: Path) -> None:
+def test_uvicorn_does_not_log_the_query_of_a_websocket_handshake(tmp_path: Path) -> None:
     port = free_port()
     log = tmp_path / "log"
     with (
@@ -118,7 +120,7 @@ def test_the_query_of_a_handshake_is_not_logged_by_another_start_either(tmp_path
     assert "secret" not in log.read_text()
 
 
-def test_all_addresses_get_the_same_port() -> None:
+def test_all_addresses_share_the_same_port() -> None:
     listeners = listen(None, 0)
     try:
         ports = {listener.getsockname()[1] for listener in listeners}
@@ -130,7 +132,7 @@ def test_all_addresses_get_the_same_port() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs network namespaces of Linux")
-def test_where_ipv6_is_disabled_it_listens_on_ipv4() -> None:
+def test_the_server_listens_on_ipv4_if_ipv6_is_disabled() -> None:
     script = (
         "from app.server.server import listen; print([one.family.name for one in listen(None, 0)])"
     )
@@ -147,7 +149,7 @@ def test_where_ipv6_is_disabled_it_listens_on_ipv4() -> None:
     assert "AF_INET" in ended.stdout.replace("AF_INET6", "")
 
 
-def test_a_port_that_is_taken_is_named() -> None:
+def test_a_taken_port_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for host in ([], ["--host", "127.0.0.1"]):
@@ -157,7 +159,7 @@ def test_a_port_that_is_taken_is_named() -> None:
             assert "Traceback" not in ended.stderr
 
 
-def test_a_missing_setting_ends_the_start_with_one_message() -> None:
+def test_a_missing_setting_stops_the_start_with_one_message() -> None:
     ended = start("app", "--port", "0", SUPABASE_URL="")
     assert ended.returncode == 3
     assert "SUPABASE_URL: Field required" in ended.stderr
@@ -172,7 +174,7 @@ def test_a_missing_setting_ends_the_start_with_one_message() -> None:
         (("uvicorn", "app.main:app", "--port", "0", "--workers", "3"), {}),
     ],
 )
-def test_several_workers_are_refused_with_the_reason(
+def test_several_workers_are_rejected_with_the_reason(
     command: tuple[str, ...], settings: dict[str, str]
 ) -> None:
     ended = start(*command, **settings)
@@ -181,14 +183,14 @@ def test_several_workers_are_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("workers", ["1", "", "auto"])
-def test_one_worker_is_no_fault(gateway_url: str, products_url: str, workers: str) -> None:
+def test_a_single_worker_is_accepted(gateway_url: str, products_url: str, workers: str) -> None:
     with service_process(gateway_url, products_url, WEB_CONCURRENCY=workers) as (_, url):
         await_ready(url)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has socket filters")
 @pytest.mark.parametrize("host", ["127.0.0.1", *(["::1"] if has_ipv6() else [])])
-def test_a_listener_that_takes_no_more_connections_resets_none(host: str) -> None:
+def test_a_stopped_listener_resets_no_connection(host: str) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as listener, socket.socket(family) as late:
         listener.bind((host, 0))

@@ -64,7 +64,7 @@ def lines_of_requests(log: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["event"] == "request" and line["route"] != "/ready"]
 
 
-def test_a_request_is_one_line_that_tells_what_became_of_it(
+def test_a_request_is_logged_in_one_line_with_its_outcome(
     logged: Callable[..., str], database: Database
 ) -> None:
     body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
@@ -91,9 +91,7 @@ def test_a_request_is_one_line_that_tells_what_became_of_it(
     assert (replay["code"], replay["replayed"]) == ("debited", True)
 
 
-def test_refusals_failures_and_what_is_not_served_are_told_by_their_code(
-    logged: Callable[..., str], database: Database
-) -> None:
+def test_errors_are_logged_with_their_code(logged: Callable[..., str], database: Database) -> None:
     user_id = database.add_user()
 
     def ask(client: httpx.Client) -> None:
@@ -119,14 +117,14 @@ def test_refusals_failures_and_what_is_not_served_are_told_by_their_code(
     ]
 
 
-def test_every_line_is_json_from_the_first_to_the_last(logged: Callable[..., str]) -> None:
+def test_every_log_line_is_json(logged: Callable[..., str]) -> None:
     events = [json.loads(line)["event"] for line in logged(lambda _: None).splitlines()]
     assert "authentication is off" in events[0]
     assert "ready" in events
     assert events[-1] == "stopped"
 
 
-def test_a_failure_of_a_dependency_is_told_with_the_request_that_met_it(
+def test_a_dependency_failure_is_logged_with_its_request_id(
     logged: Callable[..., str], database: Database
 ) -> None:
     body = {"user_id": database.add_user(), "item_id": str(database.add_item())}
@@ -176,7 +174,7 @@ def test_keys_and_tokens_are_never_logged(logged: Callable[..., str], database: 
         assert secret.rpartition(".")[2] not in log
 
 
-def test_a_terminal_gets_lines_for_people(gateway_url: str, products_url: str) -> None:
+def test_a_terminal_gets_readable_lines(gateway_url: str, products_url: str) -> None:
     reader, terminal = os.openpty()
     with service_process(gateway_url, products_url, log=terminal) as (process, url):
         httpx.get(f"{url}/health")
@@ -207,7 +205,7 @@ def test_a_traceback_at_a_terminal_shows_no_variables() -> None:
     assert b"a-key-of-the-caller" not in text
 
 
-def test_wrong_settings_are_told_in_plain_text(tmp_path: Path) -> None:
+def test_invalid_settings_are_reported_in_plain_text(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "uvicorn", "app.main:app", "--log-level", "warning"],
         env={"PATH": os.environ["PATH"], "AUTH_ISSUER": "x", "PYTHONPATH": os.getcwd()},

@@ -52,7 +52,7 @@ def debit(service: httpx.Client, user_id: int, item_id: object, key: str | None 
     return post_debit(service, user_id, item_id, key).status_code
 
 
-def test_debits_are_counted_by_outcome_with_their_amount_and_replays_apart(
+def test_debits_are_counted_by_outcome_with_their_amount_and_replays_separately(
     service: httpx.Client, database: Database
 ) -> None:
     user_id, item_id = database.add_user(balance=1000), database.add_item(price=350)
@@ -71,7 +71,7 @@ def test_debits_are_counted_by_outcome_with_their_amount_and_replays_apart(
     assert samples["payment_replays_total", "insufficient_funds"] == 1
 
 
-def test_outcomes_and_failures_are_there_from_the_start(service: httpx.Client) -> None:
+def test_outcome_and_failure_series_exist_from_the_start(service: httpx.Client) -> None:
     samples = read(service)
     for code in ("debited", *(problem.code for problem in DEBIT_PROBLEMS)):
         assert samples["payment_debits_total", code] == 0
@@ -85,7 +85,7 @@ def test_outcomes_and_failures_are_there_from_the_start(service: httpx.Client) -
     assert samples[calls, "products", "get_item", "products_unavailable"] == 0
 
 
-def test_a_caller_who_hangs_up_before_the_request_is_whole_is_no_fault_of_the_service(
+def test_a_client_that_disconnects_during_its_request_is_counted_as_499(
     service: httpx.Client,
 ) -> None:
     address = (service.base_url.host, service.base_url.port)
@@ -106,7 +106,7 @@ def test_requests_are_counted_by_route_method_and_status(service: httpx.Client) 
     assert samples[name, "GET", "/problems/{code}", "404"] == 1
 
 
-def test_no_label_grows_with_users_items_paths_or_methods(
+def test_the_number_of_series_does_not_grow_with_users_items_paths_or_methods(
     service: httpx.Client, database: Database
 ) -> None:
     def use(number: int) -> None:
@@ -144,7 +144,7 @@ def test_calls_to_the_dependencies_are_counted_by_outcome(
     assert samples[name, "products", "get_item", "item_not_found"] == 1
 
 
-def test_a_failing_dependency_shows_what_its_calls_came_to(
+def test_calls_to_a_failing_dependency_are_counted_by_code(
     gateway_url: str, database: Database
 ) -> None:
     with RawServer(b"") as products, running(gateway_url, products.url) as service:
@@ -155,7 +155,7 @@ def test_a_failing_dependency_shows_what_its_calls_came_to(
     assert samples["payment_debits_total", "products_unavailable"] == 1
 
 
-def test_batches_lanes_and_what_is_under_way_are_shown(
+def test_batches_lanes_and_waiting_debits_are_measured(
     service: httpx.Client, database: Database
 ) -> None:
     users, item_id = [database.add_user() for _ in range(60)], database.add_item()
@@ -171,7 +171,7 @@ def test_batches_lanes_and_what_is_under_way_are_shown(
     assert samples["payment_debits_waiting_max",] == 1000
 
 
-def test_what_waits_and_what_is_refused_is_shown_while_the_ledger_is_stuck(
+def test_waiting_and_rejected_debits_are_measured_while_the_ledger_is_blocked(
     gateway_url: str, products_url: str, database: Database, migrated_port: int
 ) -> None:
     users, item_id = [database.add_user() for _ in range(12)], database.add_item()
@@ -191,7 +191,7 @@ def test_what_waits_and_what_is_refused_is_shown_while_the_ledger_is_stuck(
     assert samples["payment_lane_depth", lane] == 4
 
 
-def test_it_tells_what_runs_and_whether_it_is_ready(service: httpx.Client) -> None:
+def test_metrics_show_version_readiness_and_memory(service: httpx.Client) -> None:
     samples = read(service)
     (build,) = [name for name in samples if name[0] == "payment_build_info"]
     assert __version__ in build

@@ -120,9 +120,7 @@ def test_a_debit_is_one_trace_from_the_caller_to_both_dependencies(
     assert collector.services == {"payment-service"}
 
 
-def test_every_debit_of_a_batch_leads_to_the_call_that_carried_it(
-    migrated_port: int, database: Database
-) -> None:
+def test_every_debit_of_a_batch_links_to_its_call(migrated_port: int, database: Database) -> None:
     users, item_id = [database.add_user() for _ in range(40)], database.add_item()
     together = threading.Barrier(len(users))
 
@@ -143,7 +141,7 @@ def test_every_debit_of_a_batch_leads_to_the_call_that_carried_it(
         assert request.span_id in carriers or links & carriers
 
 
-def test_a_failed_call_is_marked_in_the_trace(migrated_port: int, database: Database) -> None:
+def test_a_failed_call_has_an_error_status(migrated_port: int, database: Database) -> None:
     user_id, unknown_item = database.add_user(), uuid4()
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
         assert post_debit(service, user_id, unknown_item).status_code == 404
@@ -156,7 +154,7 @@ def test_a_failed_call_is_marked_in_the_trace(migrated_port: int, database: Data
 @pytest.mark.alone
 @pytest.mark.parametrize("collector", ["gone", "silent"])
 @repeated_if_too_slow
-def test_a_collector_that_fails_holds_up_nobody(
+def test_a_failing_collector_delays_no_request(
     migrated_port: int, database: Database, collector: str
 ) -> None:
     user_id, item_id = database.add_user(), database.add_item()
@@ -169,7 +167,7 @@ def test_a_collector_that_fails_holds_up_nobody(
                 assert_below(time.monotonic() - started, 1)
 
 
-def test_no_span_holds_what_the_database_said_of_a_row(
+def test_no_span_contains_row_data_of_a_database_error(
     migrated_port: int, database: Database
 ) -> None:
     user_id, key = database.add_user(), f"refused-{uuid4()}"
@@ -188,7 +186,7 @@ def test_no_span_holds_what_the_database_said_of_a_row(
     assert str(user_id) not in told
 
 
-def test_requests_sent_at_once_on_a_connection_stay_in_their_own_traces(
+def test_pipelined_requests_have_separate_traces(
     migrated_port: int,
 ) -> None:
     others_id = TRACE_ID[::-1]
@@ -212,7 +210,9 @@ def test_requests_sent_at_once_on_a_connection_stay_in_their_own_traces(
     assert heard[1] == traceparents[1]
 
 
-def test_no_span_holds_the_callers_key_or_a_user(migrated_port: int, database: Database) -> None:
+def test_no_span_contains_an_idempotency_key_or_a_user_id(
+    migrated_port: int, database: Database
+) -> None:
     user_id, key = database.add_user(), "key-of-the-caller"
     item_id = database.add_item()
     with Collector() as collector, traced(migrated_port, collector.url) as (service, _):
@@ -226,7 +226,7 @@ def test_no_span_holds_the_callers_key_or_a_user(migrated_port: int, database: D
 
 
 @pytest.mark.parametrize("flag", ["absent", "00", "01"])
-def test_at_most_a_hundred_requests_a_second_are_traced_whatever_the_caller_says(
+def test_at_most_a_hundred_requests_per_second_are_traced_for_any_trace_flag(
     migrated_port: int, flag: str
 ) -> None:
     headers = {"traceparent": f"00-{TRACE_ID}-{CALLERS_SPAN}-{flag}"} if flag != "absent" else {}

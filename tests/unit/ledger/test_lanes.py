@@ -15,7 +15,7 @@ from app.http_client.retry_after import Pause
 from app.ledger.client import Ledger
 from app.ledger.group_commit import LANES, GroupCommit
 from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, write_debit
-from app.ledger.waiting import Waiting
+from app.ledger.waiting import WaitingDebit
 from app.telemetry.metrics import Metrics
 
 ITEM = uuid4()
@@ -86,7 +86,7 @@ class Lane:
         return await asyncio.gather(*self.debits, return_exceptions=True)
 
 
-def test_who_is_told_not_charged_when_a_row_was_held_is_not_charged_afterwards() -> None:
+def test_a_busy_debit_that_expires_is_not_charged_later() -> None:
     async def let_the_deadline_pass_as_the_answer_comes() -> None:
         lane = Lane()
         await lane.begin(seconds=0.5)
@@ -102,7 +102,7 @@ def test_who_is_told_not_charged_when_a_row_was_held_is_not_charged_afterwards()
     asyncio.run(let_the_deadline_pass_as_the_answer_comes())
 
 
-def test_what_comes_after_its_deadline_is_never_sent() -> None:
+def test_a_debit_that_arrives_after_its_deadline_is_never_sent() -> None:
     async def come_late() -> None:
         ledger = FakeLedger()
         group_commit = GroupCommit(cast("Ledger", ledger), Metrics(), batch_size_max=64)
@@ -115,7 +115,7 @@ def test_what_comes_after_its_deadline_is_never_sent() -> None:
     asyncio.run(come_late())
 
 
-def test_a_bug_in_a_batch_strands_neither_it_nor_those_behind(
+def test_a_bug_in_a_batch_blocks_no_debit(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     async def fail() -> None:
@@ -134,7 +134,7 @@ def test_a_bug_in_a_batch_strands_neither_it_nor_those_behind(
 @pytest.mark.parametrize("price", [None, 0, 2**63 - 1])
 @pytest.mark.parametrize("actor", [None, "kiosk-1", 'a "name"'])
 @pytest.mark.parametrize("user_id", [1, 2**63 - 1])
-def test_a_debit_takes_as_many_bytes_of_a_request_as_it_is_counted_for(
+def test_the_counted_size_of_a_debit_is_its_size_in_the_request(
     key: str | None, price: int | None, actor: str | None, user_id: int
 ) -> None:
     attempt = str(uuid4())
@@ -143,6 +143,6 @@ def test_a_debit_takes_as_many_bytes_of_a_request_as_it_is_counted_for(
     written = json.dumps(write_debit(sent), separators=(",", ":"))
 
     async def size() -> int:
-        return Waiting(sent, deadline=0, arrived=0).size_bytes
+        return WaitingDebit(sent, deadline=0, arrived=0).size_bytes
 
     assert asyncio.run(size()) == len(written) + len(",")
