@@ -27,6 +27,7 @@ class PaymentError(Exception):
     advice: ClassVar[str]
     money_moved: ClassVar[Literal["no", "unknown"]] = "no"
     extension: ClassVar[type[BaseModel] | None] = None
+    example_detail: ClassVar[str | None] = None
     headers: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, detail: str | None = None, **members: object) -> None:
@@ -48,7 +49,7 @@ class Faults(BaseModel):
     """What `invalid_request` adds to a problem."""
 
     errors: list[FieldFault] = Field(
-        description="The faults.",
+        description="the faults.",
         examples=[[{"pointer": "#/user_id", "detail": "Field required"}]],
     )
 
@@ -56,19 +57,20 @@ class Faults(BaseModel):
 class CurrentPrice(BaseModel):
     """What `price_changed` adds to a problem."""
 
-    price: int = Field(description="The price now, in minor units.", examples=[400])
+    price: int = Field(description="the price now.", examples=[400])
 
 
 class KeyToAskWith(BaseModel):
     """What `outcome_unknown` adds to a problem."""
 
-    idempotency_key: str = Field(description="The key to ask again with.", examples=[EXAMPLE_KEY])
+    idempotency_key: str = Field(description="the key to ask again with.", examples=[EXAMPLE_KEY])
 
 
 class InvalidRequest(PaymentError):
     status = 422
     code = "invalid_request"
     extension = Faults
+    example_detail = "The body is not as documented"
     title = "Invalid request"
     meaning = "The body, path, query or a header is not as documented; errors names each fault."
     advice = "Correct the request; sending it again unchanged gives the same answer."
@@ -167,7 +169,7 @@ class UserInactive(PaymentError):
     status = 403
     code = "user_inactive"
     title = "User is not active"
-    meaning = "The user is switched off and cannot pay."
+    meaning = "The user is deactivated and cannot pay."
     advice = "Send the user to whoever administers the cards."
 
 
@@ -192,7 +194,7 @@ class PriceChanged(PaymentError):
     code = "price_changed"
     extension = CurrentPrice
     title = "The price has changed"
-    meaning = "expected_price is not the price now; price is."
+    meaning = "expected_price differs from the current price, which is in price."
     advice = "Show the customer the new price and ask again."
 
 
@@ -209,7 +211,7 @@ class ProductsUnavailable(PaymentError):
     code = "products_unavailable"
     headers = RETRY_AFTER
     title = "The products service is not available"
-    meaning = "The products service is down, slow, or gave an answer that makes no sense."
+    meaning = "The products service is down, too slow or returned an invalid response."
     advice = "Try again after the time in Retry-After."
 
 
@@ -251,7 +253,7 @@ class LedgerRejected(PaymentError):
     status = 500
     code = "ledger_rejected"
     title = "The ledger refused the call"
-    meaning = "The database refuses the call for a reason that trying again cannot mend."
+    meaning = "The database rejects the call for a reason that a retry cannot fix."
     advice = "Tell the operator: a migration is missing or the key is wrong."
 
 

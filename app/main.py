@@ -1,4 +1,4 @@
-"""The application: settings, clients, middleware and routes put together."""
+"""The composition: settings, clients, use cases and the application that they serve."""
 
 import gc
 import logging
@@ -6,44 +6,27 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
 
-from app import __version__
-from app.api.documentation import add_documentation
-from app.api.middleware import RequestMiddleware
-from app.api.openapi import add_schemas, require_token
-from app.api.operations import add_operation_routes
-from app.api.payments import add_payment_routes, announce_outcomes
-from app.api.problems import (
-    respond_to_http_exception,
-    respond_to_invalid_parameters,
-    respond_to_payment_error,
-)
-from app.api.readiness import Readiness
+from app.api.application import create_api
+from app.api.openapi import document_token
+from app.api.payments import announce_outcomes
 from app.api.state import Services
 from app.auth.authentication import open_authentication
-from app.background import running
-from app.errors import PaymentError
+from app.event_loop import running
 from app.ledger.client import CALL_TIMEOUT_SECONDS, open_ledger
 from app.ledger.generated_declines import keep_removing_generated_declines
 from app.ledger.group_commit import GroupCommit
 from app.payments.debits import Debits
-from app.products.client import open_products
-from app.server.startup import StartupMessage
+from app.products.cache import open_products
+from app.server.readiness import Readiness
 from app.server.workers import refuse_several_workers
 from app.settings import Settings, load_settings, warn_of_risks, warn_of_unknown_names
 from app.telemetry.logs import configure_logging
 from app.telemetry.metrics import Metrics
-from app.telemetry.requests import RequestRecorder
-from app.telemetry.tracing import RequestSpans, exported_traces
+from app.telemetry.request_record import RequestRecorder
+from app.telemetry.tracing import exported_traces
 
 GARBAGE_THRESHOLD = 5_000  # objects; higher takes memory and gains nothing
-
-DESCRIPTION = """
-Charges a student's prepaid balance for an item. All money is integers in minor units (öre).
-Refusals and failures are problems (RFC 9457): decide on `code`, which `/problems` explains.
-"""
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +40,7 @@ def create_app(
     """
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, Services]]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[dict[str, object]]:
         refuse_several_workers()
         used = settings or load_settings()
         configure_logging(used.log_level)
@@ -67,37 +50,13 @@ def create_app(
         async with open_services(used, call_timeout_seconds) as services:
             announce_outcomes(services.metrics)
             if services.authentication:
-                require_token(app)
+                document_token(app)
             _freeze_startup_objects()
-            yield {"services": services}
+            exports_traces = used.otel_exporter_otlp_endpoint is not None
+            yield {"services": services, "exports_traces": exports_traces}
         logger.info("stopped")
 
-    app = FastAPI(
-        title="Payment service",
-        version=__version__,
-        description=DESCRIPTION,
-        lifespan=lifespan,
-        docs_url=None,  # add_documentation brings both pages without their CDN
-        redoc_url=None,
-        redirect_slashes=False,
-        # Relative to the document, so that it is right under a prefix that a proxy removes.
-        servers=[{"url": "."}],
-        root_path_in_servers=False,
-        # RequestSpans instead: FastAPI's own spans hold the query, and that callers' keys.
-        telemetry={"tracing": False, "metrics": False, "logs": False},
-    )
-    # The last one that is added is the first to get a request.
-    app.add_middleware(RequestMiddleware)
-    app.add_middleware(RequestSpans)
-    app.add_middleware(StartupMessage)
-    app.add_exception_handler(PaymentError, respond_to_payment_error)
-    app.add_exception_handler(RequestValidationError, respond_to_invalid_parameters)
-    app.add_exception_handler(HTTPException, respond_to_http_exception)
-    add_payment_routes(app)
-    add_operation_routes(app)
-    add_documentation(app)
-    add_schemas(app)
-    return app
+    return create_api(lifespan)
 
 
 @asynccontextmanager
@@ -143,14 +102,14 @@ async def open_services(settings: Settings, call_timeout_seconds: float) -> Asyn
                 running(keep_removing_generated_declines(ledger)),
             ):
                 yield Services(
-                    authentication,
-                    debits,
-                    products,
-                    ledger,
-                    readiness,
-                    metrics,
-                    RequestRecorder(metrics),
-                    settings.cors_allowed_origins,
+                    authentication=authentication,
+                    debits=debits,
+                    products=products,
+                    ledger=ledger,
+                    readiness=readiness,
+                    metrics=metrics,
+                    recorder=RequestRecorder(metrics),
+                    allowed_origins=settings.cors_allowed_origins,
                 )
 
 

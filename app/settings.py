@@ -1,7 +1,6 @@
-"""The environment, read in one place, once, at start."""
+"""The settings, read from the environment at startup."""
 
 import logging
-from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
@@ -23,6 +22,7 @@ from app.environment.types import (
     key_claims,
 )
 from app.environment.variables import (
+    CANNOT_START,
     SERVICE_LINK,
     Environment,
     SettingsError,
@@ -39,7 +39,7 @@ MESSAGES = {
     "bool_parsing": "should be true or false",
 }
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class Settings(BaseSettings):
@@ -126,23 +126,25 @@ class Settings(BaseSettings):
         return self
 
 
+KNOWN_NAMES = frozenset({*ALIASES, *(name.upper() for name in Settings.model_fields)})
+
+
 def load_settings() -> Settings:
     """Read the environment.
 
     Raises:
         SettingsError: something is missing or wrong.
     """
-    known = {*ALIASES, *(name.upper() for name in Settings.model_fields)}
-    environment = read_environment(known)
+    environment = read_environment(KNOWN_NAMES)
     values, problems = _resolve_aliases(environment.values)
-    problems += _auth_problems(environment, known)
+    problems += _auth_problems(environment)
     try:
         settings = Settings(**{name.lower(): value for name, value in values.items()})  # type: ignore[arg-type]  # text
     except ValidationError as error:
         problems += _messages(error, values)
     if problems:
         raise SettingsError(
-            "The service cannot start. In its environment or in .env these are missing or wrong "
+            f"{CANNOT_START}. In its environment or in .env these are missing or wrong "
             "(.env.example explains each):\n" + "\n".join(f"  {problem}" for problem in problems)
         )
     return settings
@@ -150,9 +152,8 @@ def load_settings() -> Settings:
 
 def warn_of_unknown_names() -> None:
     """Log names in the environment that look like misspelled settings."""
-    known = {*ALIASES, *(name.upper() for name in Settings.model_fields)}
-    for name, place in read_environment(known).unknown.items():
-        if meant := find_meant(name, known):
+    for name, place in read_environment(KNOWN_NAMES).unknown.items():
+        if meant := find_meant(name, KNOWN_NAMES):
             logger.warning(
                 "%s in %s is not a setting of this service and is ignored; is %s meant?",
                 name,
@@ -195,17 +196,18 @@ def _resolve_aliases(given: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     return values, problems
 
 
-def _auth_problems(environment: Environment, known: Iterable[str]) -> list[str]:
-    """A rule that nobody applies, because its name or value was lost, would let callers in.
+def _auth_problems(environment: Environment) -> list[str]:
+    """Return the problems of settings about tokens.
 
-    Without PRODUCTS_SERVICE_TOKEN their tokens leave this service.
+    A rule whose name or value was lost would let callers in. Without PRODUCTS_SERVICE_TOKEN their
+    tokens leave this service.
     """
     empty = [
         f"{name}: is empty; give it a value or remove it"
         for name in sorted(environment.empty)
         if _is_about_tokens(name)
     ]
-    ours = [name for name in known if _is_about_tokens(name)]
+    ours = [name for name in KNOWN_NAMES if _is_about_tokens(name)]
     unknown = []
     for name, place in environment.unknown.items():
         meant = find_meant(name, ours)

@@ -13,9 +13,7 @@ from app.api.cors import AllowOrigins
 from app.api.problems import problem_response
 from app.api.state import Services, state_of
 from app.errors import InternalError, InvalidRequest
-from app.telemetry.requests import (
-    CLIENT_CLOSED_REQUEST,
-    CUT_OFF,
+from app.telemetry.request_record import (
     RequestRecord,
     request_now,
 )
@@ -28,10 +26,14 @@ RESPONSE_HEADERS = (
 )
 QUERY_BYTES_MAX = 2 * 1024  # a key of 255 characters takes 765 when it is percent-encoded
 PARAMETERS_MAX = 20
-CLIENT_CLOSED_REQUEST_STATUS = 499  # as nginx logs it
+# How the log names requests whose client closed the connection (the status is nginx's), and those
+# that the server cut off when it stopped.
+CLIENT_CLOSED_REQUEST = "caller_left"
+CLIENT_CLOSED_REQUEST_STATUS = 499
+CUT_OFF = "cut_off"
 CUT_OFF_DETAIL = "The service stopped before the request was finished"
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class RequestMiddleware:
@@ -53,8 +55,7 @@ class RequestMiddleware:
         state["record"] = record
         request_now.set(record)
         send = _with_headers(send, record, services)
-        method = scope["method"]
-        if method == "HEAD":  # like GET; the server leaves out the body
+        if scope["method"] == "HEAD":  # like GET; the server leaves out the body
             scope = {**scope, "method": "GET"}
         try:
             await self._respond_to_origins(scope, receive, send)
@@ -68,7 +69,7 @@ class RequestMiddleware:
                 await response(scope, receive, send)
         record.route = _route_of(scope)
         if services:
-            services.recorder.record(record, method, perf_counter() - started)
+            services.recorder.write(record, perf_counter() - started)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = state_of(scope)
@@ -85,14 +86,14 @@ class RequestMiddleware:
             raise
         except Exception:  # the last line of defence: a bug still gets a response
             logger.exception("request failed")
-            record.code = InternalError.code
+            record.settle(InternalError.code)
             if not record.status:
                 response = problem_response(InternalError(), record.request_id)
                 await response(scope, receive, send)
 
 
 def _route_of(scope: Scope) -> str:
-    """Return the path of the route with names for its parameters; what was sent has no end."""
+    """Return the template of the matched route: sent paths are unbounded and no labels."""
     endpoint = scope.get("endpoint")
     if endpoint is not None:
         for route in scope["app"].routes:
@@ -127,8 +128,8 @@ def _make_record(scope: Scope) -> RequestRecord:
     if not REQUEST_ID.fullmatch(request_id):
         request_id = b"%032x" % random.getrandbits(128)
     # The span of the request, if it is traced, continues the caller's trace.
-    traceparent = scope["state"].get("traceparent") or read_traceparent(headers)
-    return RequestRecord(request_id.decode(), traceparent)
+    traceparent = state_of(scope).get("traceparent") or read_traceparent(headers)
+    return RequestRecord(request_id.decode(), scope["method"], traceparent)
 
 
 def _find_fault_of_query(query: bytes) -> InvalidRequest | None:

@@ -1,36 +1,23 @@
 """The OpenAPI document: what FastAPI cannot derive from the code of the routes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel
-from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from pydantic.json_schema import (
+    GenerateJsonSchema,
+    JsonSchemaMode,
+    JsonSchemaValue,
+    models_json_schema,
+)
 
 from app.api.problems import MEDIA_TYPE, make_body
-from app.api.schemas import KEY_PATTERN, DebitRequest, Payment, Problem
+from app.api.schemas import Problem
 from app.errors import PaymentError
 
 EXAMPLE_REQUEST_ID = "0b0e3f6c9a554d2c8f0e4d0f8d0f6a11"
 
-KEY_HEADER = {
-    "name": "Idempotency-Key",
-    "in": "header",
-    "description": "1 to 255 visible ASCII characters, bare or in double quotes; one for each "
-    "debit, kept for its retries. Without it a retry after a lost answer may charge again.",
-    "schema": {"type": "string", "pattern": KEY_PATTERN},
-}
-OUTCOME_KEY_HEADER = KEY_HEADER | {"description": "The key of the debit; here or in the query."}
-CODE_PARAMETER = {
-    "name": "code",
-    "in": "path",
-    "required": True,
-    "description": "The problem's code.",
-    "schema": {"type": "string"},
-}
-REPLAYED_HEADER = {
-    "description": "true when this is the answer of an earlier request with the same key.",
-    "schema": {"type": "string", "enum": ["true"]},
-}
 PROBLEM_HEADERS = {
     "Accept-Encoding": {
         "description": "identity: bodies must not be compressed.",
@@ -53,6 +40,10 @@ TOKEN_SCHEME = {
 }
 
 
+# A model, and whether the document shows what is read (validation) or written (serialization).
+Models = Sequence[tuple[type[BaseModel], JsonSchemaMode]]
+
+
 class SchemasAsWritten(GenerateJsonSchema):
     """Examples show their fields in the order of the model, not of the alphabet."""
 
@@ -60,25 +51,26 @@ class SchemasAsWritten(GenerateJsonSchema):
         return value
 
 
-def add_schemas(app: FastAPI) -> None:
-    """Add the models that the routes read and write by hand to the document."""
+def add_schemas(app: FastAPI, models: Models) -> None:
+    """Add models that the routes read and write by hand to the document."""
     derive = app.openapi
 
     def make_document() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = derive()
-            _, models = models_json_schema(
-                [(DebitRequest, "validation"), (Payment, "serialization"), (Problem, "validation")],
+        is_new = app.openapi_schema is None
+        document = derive()
+        if is_new:
+            _, schemas = models_json_schema(
+                [*models, (Problem, "validation")],
                 ref_template="#/components/schemas/{model}",
                 schema_generator=SchemasAsWritten,
             )
-            document.setdefault("components", {}).setdefault("schemas", {}).update(models["$defs"])
-        return derive()
+            document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        return document
 
     app.openapi = make_document  # type: ignore[method-assign]  # as FastAPI's manual extends it
 
 
-def require_token(app: FastAPI) -> None:
+def document_token(app: FastAPI) -> None:
     """Document that the operations that can respond with 401 need a token."""
     document = app.openapi()
     document["components"]["securitySchemes"] = {"token": TOKEN_SCHEME}
@@ -120,4 +112,5 @@ def problem_responses(*problems: type[PaymentError]) -> dict[int | str, dict[str
 
 def _example(problem: type[PaymentError]) -> PaymentError:
     fields = problem.extension.model_fields if problem.extension else {}
-    return problem(**{name: (field.examples or [None])[0] for name, field in fields.items()})
+    members = {name: (field.examples or [None])[0] for name, field in fields.items()}
+    return problem(problem.example_detail, **members)

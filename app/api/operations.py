@@ -4,13 +4,21 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from app.api.openapi import CODE_PARAMETER, problem_responses
+from app.api.openapi import problem_responses
 from app.api.problems import explain
 from app.api.responses import json_response
 from app.api.schemas import Health, ProblemExplanation, Readiness
 from app.api.state import state_of
 from app.errors import PROBLEMS, NotFound
 from app.telemetry.metrics import MEDIA_TYPE
+
+CODE_PARAMETER = {
+    "name": "code",
+    "in": "path",
+    "required": True,
+    "description": "The problem's code.",
+    "schema": {"type": "string"},
+}
 
 
 async def get_health() -> Health:
@@ -77,6 +85,6 @@ def add_operation_routes(app: FastAPI) -> None:
         get_problem,
         summary="One entry of the error catalogue",
         responses=problem_responses(NotFound),
-        # By hand: FastAPI would document that a text can be no text.
+        # FastAPI would document a 422 that cannot happen.
         openapi_extra={"parameters": [CODE_PARAMETER]},
     )

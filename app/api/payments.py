@@ -7,17 +7,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app import errors
-from app.api.openapi import (
-    KEY_HEADER,
-    OUTCOME_KEY_HEADER,
-    REPLAYED_HEADER,
-    json_content,
-    problem_responses,
-)
+from app.api.openapi import Models, json_content, problem_responses
 from app.api.problems import REPLAYED
 from app.api.requests import authenticate, read_debit, read_key, read_outcome_key
-from app.api.responses import DirectRoute, json_response
-from app.api.schemas import DebitRequest, DeclinedPayment, IdempotencyKey, Payment, UserId
+from app.api.responses import DirectRoute, json_response, payment_response
+from app.api.schemas import (
+    KEY_PATTERN,
+    DebitRequest,
+    DeclinedPayment,
+    IdempotencyKey,
+    Payment,
+    UserId,
+)
 from app.api.state import state_of
 from app.ledger.outcomes import OUTCOME_ERRORS, Debited
 from app.telemetry.metrics import Metrics
@@ -51,6 +52,25 @@ OUTCOME_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
 )
 
 
+DEBIT_PATH = "/payments/debit"
+OUTCOME_PATH = "/payments/outcome"
+# What the routes read and write by hand.
+MODELS: Models = ((DebitRequest, "validation"), (Payment, "serialization"))
+
+KEY_HEADER = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "1 to 255 visible ASCII characters, bare or in double quotes; one for each "
+    "debit, kept for its retries. Without it a retry after a lost answer may charge again.",
+    "schema": {"type": "string", "pattern": KEY_PATTERN},
+}
+OUTCOME_KEY_HEADER = KEY_HEADER | {"description": "The key of the debit; here or in the query."}
+REPLAYED_HEADER = {
+    "description": "true when this is the answer of an earlier request with the same key.",
+    "schema": {"type": "string", "enum": ["true"]},
+}
+
+
 async def post_debit(request: Request) -> Response:
     """Charge the user the item's price, once for each `Idempotency-Key`.
 
@@ -65,14 +85,12 @@ async def post_debit(request: Request) -> Response:
     services = state["services"]
     debit = await read_debit(request)
     key = read_key(request)
-    deadline = services.debits.deadline()
+    deadline = services.debits.new_deadline()
     caller = await authenticate(request, services.authentication, deadline)
     debited = await services.debits.debit_user_for_item(debit, key, deadline, caller)
-    record.code = debited.outcome
-    record.amount = debited.amount
-    record.replayed = debited.replayed
+    record.settle(debited.outcome, replayed=debited.replayed, amount=debited.amount)
     headers = REPLAYED if debited.replayed else None
-    return json_response(Payment.model_validate(debited), headers=headers)
+    return payment_response(debited, headers)
 
 
 async def get_outcome(
@@ -87,20 +105,20 @@ async def get_outcome(
     """
     services = state_of(request.scope)["services"]
     key = read_outcome_key(request, idempotency_key)
-    deadline = services.debits.deadline()
+    deadline = services.debits.new_deadline()
     caller = await authenticate(request, services.authentication, deadline)
     outcome = await services.debits.find_outcome(user_id, key, deadline, caller)
     if outcome is None:
         raise errors.PaymentNotFound
     if isinstance(outcome, Debited):
-        return json_response(Payment.model_validate(outcome))
+        return payment_response(outcome)
     return json_response(DeclinedPayment(outcome=outcome.outcome))
 
 
 def add_payment_routes(app: FastAPI) -> None:
     """Add the routes of this module to the application."""
     app.router.add_api_route(
-        "/payments/debit",
+        DEBIT_PATH,
         post_debit,
         methods=["POST"],
         route_class_override=DirectRoute,
@@ -121,7 +139,7 @@ def add_payment_routes(app: FastAPI) -> None:
         },
     )
     app.add_api_route(
-        "/payments/outcome",
+        OUTCOME_PATH,
         get_outcome,
         summary="Ask what became of a debit",
         response_description="The user was charged, or the debit was declined.",
@@ -141,7 +159,7 @@ def announce_outcomes(metrics: Metrics) -> None:
         ["debited", *OUTCOME_ERRORS],
     )
     for method, path, problems in (
-        ("POST", "/payments/debit", DEBIT_PROBLEMS),
-        ("GET", "/payments/outcome", OUTCOME_PROBLEMS),
+        ("POST", DEBIT_PATH, DEBIT_PROBLEMS),
+        ("GET", OUTCOME_PATH, OUTCOME_PROBLEMS),
     ):
         metrics.announce_failures(method, path, (problem.status for problem in problems))

@@ -3,20 +3,14 @@
 import asyncio
 import json
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
 from app import errors
-from app.api.problems import (
-    DUPLICATE,
-    duplicate_names,
-    invalid_body,
-    invalid_header,
-    invalid_parameters,
-    too_many_fields,
-)
+from app.api.problems import ERRORS_MAX
 from app.api.schemas import KEY_PATTERN, DebitRequest
 from app.auth.authentication import Authentication, Caller
 from app.ledger.outcomes import Debit
@@ -31,6 +25,12 @@ CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s;"']+)""", re.IGNORECASE)
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "iso-8859-15", "windows-1252")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
+DUPLICATE = "The name appears more than once"
+LEADING_ZERO = re.compile(rb":\s*-?0[0-9]")
+LEADING_ZERO_ADVICE = (
+    "In JSON a number has no leading zeros: send a card number as a string or without them"
+)
+POINTER_LENGTH_MAX = 100
 
 
 async def authenticate(
@@ -69,7 +69,7 @@ async def read_debit(request: Request) -> Debit:
         raise _unsupported(f"compressed ({coding[:ENCODING_LENGTH_MAX]})")
     media_type, _, parameters = request.headers.get("content-type", "").partition(";")
     if media_type.strip().lower() != "application/json":
-        raise invalid_header("Content-Type", "Should be application/json")
+        raise _invalid_header("Content-Type", "Should be application/json")
     charset = CHARSET.search(parameters)
     if charset and charset[1].lower() not in CHARSETS:
         raise _unsupported(f"in {charset[1][:ENCODING_LENGTH_MAX]}")
@@ -79,7 +79,7 @@ async def read_debit(request: Request) -> Debit:
         read = DebitRequest.model_validate_json(body.removeprefix(BYTE_ORDER_MARK))
     except ValidationError as error:
         _refuse_encoding(body)
-        raise invalid_body(error, body) from None
+        raise _invalid_body(error, body) from None
     # Each member of the object has a colon, so as many colons as fields are no duplicates.
     if body.count(b":") > len(read.model_fields_set):
         _refuse_duplicates(body.removeprefix(BYTE_ORDER_MARK))
@@ -100,7 +100,7 @@ async def _read_body(request: Request) -> bytes:
 
 
 def _refuse_encoding(body: bytes) -> None:
-    """Tell why what is not JSON is none, if it is its encoding."""
+    """Raise UnsupportedEncoding if the encoding explains why the body is not JSON."""
     if body.startswith(GZIP):
         raise _unsupported("compressed (gzip)")
     encoding = json.detect_encoding(body)
@@ -122,7 +122,7 @@ def _refuse_too_many_fields(body: bytes) -> None:
         nonlocal count
         count += len(members)
         if count > FIELDS_MAX:
-            raise too_many_fields(FIELDS_MAX)
+            raise _too_many_fields(FIELDS_MAX)
 
     with suppress(ValueError, RecursionError):
         json.loads(body, object_pairs_hook=count_fields)
@@ -132,7 +132,7 @@ def _refuse_duplicates(body: bytes) -> None:
     names: list[str] = json.loads(body, object_pairs_hook=lambda members: [m[0] for m in members])
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
-        raise duplicate_names(duplicates)
+        raise _duplicate_names(duplicates)
 
 
 def read_key(request: Request) -> str | None:
@@ -145,7 +145,7 @@ def read_key(request: Request) -> str | None:
     if not keys:
         return None
     if len(keys) > 1 or not re.fullmatch(KEY_PATTERN, keys[0]):
-        raise invalid_header(
+        raise _invalid_header(
             "Idempotency-Key", 'Should be one key of 1 to 255 visible ASCII characters without "'
         )
     return keys[0].strip('"')
@@ -160,10 +160,48 @@ def read_outcome_key(request: Request, key_of_query: str | None) -> str:
     names = [name for name, _ in request.query_params.multi_items()]
     duplicates = sorted({name for name in names if names.count(name) > 1})
     if duplicates:
-        raise invalid_parameters(DUPLICATE, duplicates)
+        raise _invalid_parameters(DUPLICATE, duplicates)
     key = read_key(request) or key_of_query
     if key is None:
-        raise invalid_parameters("Field required, here or as Idempotency-Key", ["idempotency_key"])
+        raise _invalid_parameters("Field required, here or as Idempotency-Key", ["idempotency_key"])
     if key_of_query not in (None, key):
-        raise invalid_parameters("Differs from the header Idempotency-Key", ["idempotency_key"])
+        raise _invalid_parameters("Differs from the header Idempotency-Key", ["idempotency_key"])
     return key
+
+
+def _invalid_body(error: ValidationError, body: bytes) -> errors.InvalidRequest:
+    """Name each fault of a body by where it is, without repeating the body."""
+    faults = [
+        {"pointer": _json_pointer(fault["loc"]), "detail": fault["msg"]}
+        for fault in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    if error.errors()[0]["type"] == "json_invalid" and LEADING_ZERO.search(body):
+        faults[0]["detail"] += f". {LEADING_ZERO_ADVICE}"
+    return errors.InvalidRequest("The body is not as documented", errors=faults[:ERRORS_MAX])
+
+
+def _too_many_fields(most: int) -> errors.InvalidRequest:
+    fault = {"pointer": "#", "detail": f"Should have at most {most} fields"}
+    return errors.InvalidRequest("The body is not as documented", errors=[fault])
+
+
+def _duplicate_names(names: Sequence[str]) -> errors.InvalidRequest:
+    faults = [{"pointer": _json_pointer((name,)), "detail": DUPLICATE} for name in names]
+    return errors.InvalidRequest("The body is not as documented", errors=faults[:ERRORS_MAX])
+
+
+def _invalid_parameters(detail: str, names: Sequence[str]) -> errors.InvalidRequest:
+    faults = [{"parameter": name, "detail": detail} for name in names]
+    return errors.InvalidRequest("A parameter is not as documented", errors=faults[:ERRORS_MAX])
+
+
+def _invalid_header(name: str, detail: str) -> errors.InvalidRequest:
+    return errors.InvalidRequest(
+        f"Header {name}: {detail}", errors=[{"header": name, "detail": detail}]
+    )
+
+
+def _json_pointer(location: tuple[int | str, ...]) -> str:
+    """Write a location as RFC 6901 does; a name that the caller made up is cut short."""
+    steps = (str(step).replace("~", "~0").replace("/", "~1") for step in location)
+    return "".join(["#", *(f"/{step}" for step in steps)])[:POINTER_LENGTH_MAX]

@@ -90,7 +90,6 @@ class Payment(BaseModel):
 
     model_config = ConfigDict(
         frozen=True,
-        from_attributes=True,
         json_schema_extra={
             "examples": [
                 {

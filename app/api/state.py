@@ -5,14 +5,14 @@ from typing import NotRequired, TypedDict, cast
 
 from starlette.types import Scope
 
-from app.api.readiness import Readiness
 from app.auth.authentication import Authentication
 from app.errors import PaymentError
 from app.ledger.client import Ledger
 from app.payments.debits import Debits
-from app.products.client import Products
+from app.products.cache import Products
+from app.server.readiness import Readiness
 from app.telemetry.metrics import Metrics
-from app.telemetry.requests import RequestRecord, RequestRecorder
+from app.telemetry.request_record import RequestRecord, RequestRecorder
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,14 @@ class Services:
 
 
 class RequestState(TypedDict):
-    """The state of a request. `refusal` is why the server could not read it."""
+    """The state of a request.
+
+    `traceparent` is the trace context of its span. `refusal` is why the server could not read it.
+    """
 
     services: NotRequired[Services]  # missing before the lifespan has started
+    exports_traces: NotRequired[bool]
+    traceparent: NotRequired[str]
     record: RequestRecord
     refusal: NotRequired[PaymentError]
 

@@ -11,11 +11,10 @@ import jwt
 from cachetools import TTLCache
 from cryptography.exceptions import UnsupportedAlgorithm
 
-from app.background import running
 from app.errors import AuthenticationUnavailable
+from app.event_loop import now, running
+from app.http_client.availability import FAILURE_SECONDS, Availability
 from app.http_client.client import CALL_ERRORS, describe_failure, http_client
-from app.http_client.failures import FAILURE_SECONDS, FailureLog, Failures
-from app.http_client.retry_after import Pause
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import FAILED, dependency_call
 
@@ -43,7 +42,7 @@ JWK_ERRORS = (
     UnsupportedAlgorithm,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class IssuerKey(NamedTuple):
@@ -83,14 +82,20 @@ class IssuerKeys:
         self._age_seconds_max = age_seconds_max
         self._timeout_seconds = timeout_seconds
         self._keys: dict[str | None, SameId] = {}
-        self._pause = Pause("AUTH_JWKS_URL")
-        self._failures = Failures(failure_seconds)
-        self._log = FailureLog(logger, "the issuer's keys cannot be fetched from AUTH_JWKS_URL")
+        self._availability = Availability(
+            logger,
+            "the issuer's keys cannot be fetched from AUTH_JWKS_URL",
+            "AUTH_JWKS_URL",
+            failure_seconds,
+        )
         self._absent: TTLCache[str | None, bool] = TTLCache(ABSENT_MAX, ABSENT_SECONDS)
         self._asked_at = float("-inf")
         self._refreshing: asyncio.Task[bool] | None = None
-        self.last_state = "not asked yet"
         metrics.announce_failing_call("issuer", "get_keys", FAILED)
+
+    @property
+    def last_state(self) -> str:
+        return self._availability.last_state
 
     async def get(self, key_id: str | None) -> SameId | None:
         """Return the keys of an id; None if the issuer does not publish it.
@@ -103,7 +108,7 @@ class IssuerKeys:
             return keys
         if key_id in self._absent:
             return None
-        arrived_at = _now()
+        arrived_at = now()
         is_fetched = await self._refresh()
         if is_fetched and self._asked_at < arrived_at and self._find(key_id) is None:
             # They were asked for before this token came, and its key may be newer.
@@ -137,7 +142,7 @@ class IssuerKeys:
                 retry_seconds = RETRY_SECONDS_MIN
                 await asyncio.sleep(self._age_seconds_max)
             else:
-                await asyncio.sleep(max(retry_seconds, self._pause.seconds_left()))
+                await asyncio.sleep(max(retry_seconds, self._availability.pause.seconds_left()))
                 retry_seconds = min(2 * retry_seconds, RETRY_SECONDS_MAX)
 
     async def close(self) -> None:
@@ -160,23 +165,21 @@ class IssuerKeys:
         return await asyncio.shield(self._refreshing)
 
     async def _fetch(self) -> bool:
-        if self._pause.seconds_left() or not self._failures.may_call(self._url):
+        if not self._availability.may_call(self._url):
             return False
-        await asyncio.sleep(self._asked_at + REFRESH_SECONDS_MIN - _now())
-        self._asked_at = _now()
+        await asyncio.sleep(self._asked_at + REFRESH_SECONDS_MIN - now())
+        self._asked_at = now()
         try:
             with dependency_call(self._metrics, "issuer", "get_keys"):
                 async with asyncio.timeout(self._timeout_seconds):
                     response = await self._client.get(self._url)
-                await self._pause.read(response)
+                await self._availability.pause.read(response)
                 keys = _read_keys(response.raise_for_status().json())
         except CALL_ERRORS as error:
-            self.last_state = "unavailable"
-            self._failures.record_failure(self._url)
-            self._log.log(logging.WARNING, describe_failure(error, self._timeout_seconds))
+            reason = describe_failure(error, self._timeout_seconds)
+            self._availability.record_failure(self._url, logging.WARNING, reason)
             return False
-        self.last_state = "ok"
-        self._failures.record_success()
+        self._availability.record_success()
         known = self._keys
         self._keys = {
             key_id: known[key_id] if known.get(key_id) == same_id else same_id
@@ -186,7 +189,7 @@ class IssuerKeys:
 
     def _unavailable(self) -> AuthenticationUnavailable:
         problem = AuthenticationUnavailable()
-        problem.headers = self._pause.headers(problem.headers)
+        self._availability.pause.apply_to(problem)
         return problem
 
 
@@ -228,7 +231,3 @@ def _read_keys(document: object) -> dict[str | None, SameId]:
     if not keys:
         raise ValueError("there is no key to check a signature with")
     return keys
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -3,8 +3,6 @@
 import os
 import re
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -29,24 +27,6 @@ TRACE_FILES = re.compile(
     r"OTEL_EXPORTER_OTLP_(TRACES_)?(CERTIFICATE|CLIENT_KEY|CLIENT_CERTIFICATE)"
     r"|(REQUESTS|CURL)_CA_BUNDLE"
 )
-
-
-@contextmanager
-def building(what: str, *settings: str) -> Iterator[None]:
-    """Name what cannot be built and its settings; the cause may repeat a value, and is not told.
-
-    Raises:
-        SettingsError: it cannot be built.
-    """
-    try:
-        yield
-    except SettingsError:
-        raise
-    except Exception as error:
-        raise SettingsError(
-            f"{CANNOT_START}: {what} cannot be built ({type(error).__name__}). "
-            f"Check {', '.join(settings)}."
-        ) from error
 
 
 def load_certificates() -> ssl.SSLContext:

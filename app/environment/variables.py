@@ -4,7 +4,8 @@ import difflib
 import os
 import re
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,24 @@ class Environment(NamedTuple):
     values: dict[str, str]
     empty: set[str]
     unknown: dict[str, str]
+
+
+@contextmanager
+def failure_names_settings(what: str, *settings: str) -> Iterator[None]:
+    """Turn a failure in the block into a message that names the settings, without their values.
+
+    Raises:
+        SettingsError: the block failed.
+    """
+    try:
+        yield
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise SettingsError(
+            f"{CANNOT_START}: {what} cannot be built ({type(error).__name__}). "
+            f"Check {', '.join(settings)}."
+        ) from error
 
 
 def read_environment(known: Collection[str]) -> Environment:

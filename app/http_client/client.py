@@ -18,7 +18,7 @@ CONNECTION_IDLE_SECONDS_MAX = 5.0
 DNS_SECONDS_MAX = 10
 ENCODINGS = ("gzip", "x-gzip", "deflate")
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class ResponseTooLarge(httpx.TransportError):

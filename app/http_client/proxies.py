@@ -5,7 +5,7 @@ from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from app.environment.types import is_loopback
-from app.environment.variables import SettingsError
+from app.environment.variables import CANNOT_START, SettingsError
 
 CLUSTER_SUFFIXES = (".svc", ".cluster.local")
 
@@ -34,7 +34,7 @@ def find_proxy(address: str) -> str | None:
         usable = False
     if not usable:
         raise SettingsError(
-            f"The service cannot start: {name.upper()}_PROXY should be a proxy such as "
+            f"{CANNOT_START}: {name.upper()}_PROXY should be a proxy such as "
             "http://proxy.example.org:3128; SOCKS is not supported."
         )
     return proxy

@@ -3,17 +3,19 @@
 import logging
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from time import monotonic
 
 import httpx
 
+from app.errors import PaymentError
+
 RETRY_AFTER_SECONDS_MAX = 60  # a mistake of the other side must not stop debits for hours
 ASKING_TO_WAIT = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class Pause:
@@ -38,10 +40,10 @@ class Pause:
     def seconds_left(self) -> float:
         return max(0.0, self._ends_at - monotonic())
 
-    def headers(self, default: Mapping[str, str]) -> dict[str, str]:
-        """Return a Retry-After with the seconds that are left; the default if none are."""
-        seconds = math.ceil(self.seconds_left())
-        return {"Retry-After": str(seconds)} if seconds else dict(default)
+    def apply_to(self, problem: PaymentError) -> None:
+        """Have a problem tell its caller to wait until the pause ends, if there is one now."""
+        if seconds := math.ceil(self.seconds_left()):
+            problem.headers = {"Retry-After": str(seconds)}
 
 
 def read_seconds(headers: httpx.Headers) -> float:

@@ -11,10 +11,11 @@ from postgrest.types import JSON
 from pydantic import SecretStr
 from supabase import AsyncClient, AsyncClientOptions
 
-from app.environment.libraries import building
+from app.environment.variables import failure_names_settings
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
+from app.event_loop import now
+from app.http_client.availability import FailureLog
 from app.http_client.client import http_client
-from app.http_client.failures import FailureLog
 from app.http_client.retry_after import Pause
 from app.ledger.failures import CALL_ERRORS, classify_failure, describe_failure
 from app.ledger.outcomes import (
@@ -27,6 +28,7 @@ from app.ledger.outcomes import (
     write_debit,
 )
 from app.ledger.repeats import Repeats
+from app.ledger.user_limits import UserTurns
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import dependency_call
 
@@ -49,7 +51,7 @@ class Ledger:
         self,
         supabase: AsyncClient,
         metrics: Metrics,
-        pause: Pause | None = None,
+        pause: Pause,
         *,
         call_timeout_seconds: float = CALL_TIMEOUT_SECONDS,
     ) -> None:
@@ -61,14 +63,15 @@ class Ledger:
         # response without a code of the database. A gateway refuses before it passes a call on,
         # but one that tries again by itself can be refused the second time, after the first time
         # was done. Calls that are not sent during the pause are certainly not done.
-        self.pause = pause or Pause("SUPABASE_URL", ())
+        self.pause = pause
         self._calls = asyncio.Semaphore(CALLS_MAX)
         self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
+        self._lookup_turns = UserTurns()
         self._failures = FailureLog(logger, "ledger")
         self.last_state = "not asked yet"
 
     async def debit(
-        self, sent: KeyedDebit, deadline: float, *, perhaps_done: bool = False
+        self, keyed: KeyedDebit, deadline: float, *, perhaps_done: bool = False
     ) -> Outcome:
         """Charge the user the item's price, once for each key of a user.
 
@@ -82,27 +85,30 @@ class Ledger:
         repeats = Repeats(self.pause, deadline, perhaps_done=perhaps_done)
         while True:
             try:
-                return await self._debit_once(sent, deadline)
+                return await self._debit_once(keyed, deadline)
             except PaymentError as failure:
                 if await repeats.again_after(failure):
                     continue
                 if repeats.perhaps_done:
-                    raise OutcomeUnknown(idempotency_key=sent.key) from failure
+                    raise OutcomeUnknown(idempotency_key=keyed.key) from failure
                 raise
 
-    async def debit_batch(self, sent: Sequence[KeyedDebit]) -> list[Outcome | None]:
-        """Ask once for many debits; None: another transaction holds the user's or the item's row.
+    async def debit_batch(self, debits: Sequence[KeyedDebit]) -> list[Outcome | None]:
+        """Send many debits in one call, once.
+
+        An outcome is None if another transaction holds the row of the user or the item.
 
         Raises:
             PaymentError: the ledger failed; the class says what that means for all of them.
         """
-        debits: list[JSON] = [write_debit(debit) for debit in sent]
-        self._metrics.batch_size.observe(len(sent))
-        return await self._call(
+        written: list[JSON] = [write_debit(debit) for debit in debits]
+        self._metrics.batch_size.observe(len(debits))
+        return await self._execute(
             "debit_use_batch",
-            {"debits": debits},
-            _now() + self._call_timeout_seconds,
-            lambda response: read_batch(response, sent),
+            {"debits": written},
+            now() + self._call_timeout_seconds,
+            lambda response: read_batch(response, debits),
+            self._calls,
         )
 
     async def find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
@@ -113,7 +119,10 @@ class Ledger:
         """
         arguments: dict[str, JSON] = {"user_id_input": user_id, "idempotency_key_input": key}
         try:
-            return await self._call("find_payment", arguments, deadline, read_found, self._lookups)
+            async with self._lookup_turns.turn(user_id, deadline):
+                return await self._execute(
+                    "find_payment", arguments, deadline, read_found, self._lookups
+                )
         except PaymentError as error:
             raise LedgerUnavailable from error
 
@@ -124,8 +133,8 @@ class Ledger:
             PaymentError: the ledger failed.
         """
         arguments: dict[str, JSON] = {"rows_max": REMOVED_ROWS_MAX}
-        deadline = _now() + self._call_timeout_seconds
-        return await self._call(
+        deadline = now() + self._call_timeout_seconds
+        return await self._execute(
             "remove_generated_declines", arguments, deadline, _read_count, self._lookups
         )
 
@@ -135,34 +144,36 @@ class Ledger:
         Raises:
             PaymentError: it is not, or the database did not respond.
         """
-        await self._call("check_ledger", {}, _now() + self._call_timeout_seconds, _read_check)
+        deadline = now() + self._call_timeout_seconds
+        await self._execute("check_ledger", {}, deadline, _read_check, self._calls)
 
-    async def _debit_once(self, sent: KeyedDebit, deadline: float) -> Outcome:
+    async def _debit_once(self, keyed: KeyedDebit, deadline: float) -> Outcome:
         self._metrics.batch_size.observe(1)
-        return await self._call(
+        return await self._execute(
             "debit_use",
-            write_arguments(sent),
+            write_arguments(keyed),
             deadline,
-            lambda response: read_outcome(response, sent),
+            lambda response: read_outcome(response, keyed),
+            self._calls,
         )
 
-    async def _call(
+    async def _execute(
         self,
         function: str,
         arguments: dict[str, JSON],
         deadline: float,
         read: Callable[[object], Result],
-        permits: asyncio.Semaphore | None = None,
+        permits: asyncio.Semaphore,
     ) -> Result:
-        permits = permits or self._calls
+        """Call a function once there is a permit, and read its response."""
         try:
             async with asyncio.timeout_at(deadline):
                 await permits.acquire()
         except TimeoutError as error:
-            raise LedgerUnavailable from error  # it was never sent
+            raise LedgerUnavailable from error  # not sent
         try:
-            if _now() >= deadline or self.pause.seconds_left():
-                raise LedgerUnavailable  # neither was this: a call can be sent before it times out
+            if now() >= deadline or self.pause.seconds_left():
+                raise LedgerUnavailable  # not sent: no time is left, or Supabase asked for a pause
             with dependency_call(self._metrics, "ledger", function):
                 return await self._send(function, arguments, deadline, read)
         finally:
@@ -176,7 +187,7 @@ class Ledger:
         read: Callable[[object], Result],
     ) -> Result:
         try:
-            async with asyncio.timeout_at(min(deadline, _now() + self._call_timeout_seconds)):
+            async with asyncio.timeout_at(min(deadline, now() + self._call_timeout_seconds)):
                 response = await self._supabase.rpc(function, arguments).execute()
             result = read(response.data)
         except CALL_ERRORS as error:
@@ -210,7 +221,7 @@ async def open_ledger(
     pause = Pause("SUPABASE_URL", {httpx.codes.TOO_MANY_REQUESTS})
     client.event_hooks["response"].append(pause.read)
     async with client:
-        with building("the Supabase client", "SUPABASE_URL", "SUPABASE_KEY"):
+        with failure_names_settings("the Supabase client", "SUPABASE_URL", "SUPABASE_KEY"):
             options = AsyncClientOptions(
                 httpx_client=client, auto_refresh_token=False, persist_session=False
             )
@@ -227,7 +238,3 @@ def _read_count(response: object) -> int:
 def _read_check(response: object) -> None:
     if not isinstance(response, dict) or response.get("outcome") != "ready":
         raise ValueError("the response is not that of check_ledger")
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

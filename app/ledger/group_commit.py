@@ -11,11 +11,12 @@ for each user, and beyond those into later batches.
 import asyncio
 
 from app.errors import LedgerUnavailable, OutcomeUnknown
+from app.event_loop import now
 from app.ledger.client import Ledger
 from app.ledger.lane import Lane, Permits
 from app.ledger.outcomes import KeyedDebit, Outcome
 from app.ledger.user_limits import UserLimit
-from app.ledger.waiting import Waiting
+from app.ledger.waiting import WaitingDebit
 from app.telemetry.metrics import Metrics
 
 LANES = 2
@@ -34,7 +35,7 @@ class GroupCommit:
         for number, lane in enumerate(self._lanes):
             metrics.lane_depth.labels(number).set_function(lane.depth)
 
-    async def debit(self, sent: KeyedDebit, deadline: float) -> Outcome:
+    async def debit(self, keyed: KeyedDebit, deadline: float) -> Outcome:
         """Charge the user the item's price, once for each key of a user.
 
         Raises:
@@ -42,10 +43,10 @@ class GroupCommit:
             PaymentError: the ledger failed; the class says what that means for the debit.
         """
         if self._is_off:
-            return await self._debit_alone(sent, deadline)
-        if _now() >= deadline:
-            raise LedgerUnavailable  # it was never sent
-        waiting = Waiting(sent, deadline, _now())
+            return await self._debit_alone(keyed, deadline)
+        if now() >= deadline:
+            raise LedgerUnavailable  # not sent
+        waiting = WaitingDebit(keyed, deadline, now())
         lane = self._lanes[waiting.user_id % LANES]
         lane.enter_queue(waiting)
         try:
@@ -53,18 +54,14 @@ class GroupCommit:
                 return await waiting.outcome
         except TimeoutError as error:
             if waiting.is_in_flight or waiting.is_perhaps_done:
-                raise OutcomeUnknown(idempotency_key=sent.key) from error
+                raise OutcomeUnknown(idempotency_key=keyed.key) from error
             raise LedgerUnavailable from error
         finally:
             lane.leave_queue(waiting)
 
-    async def _debit_alone(self, sent: KeyedDebit, deadline: float) -> Outcome:
-        self._alone_of_users.enter(sent.debit.user_id)
+    async def _debit_alone(self, keyed: KeyedDebit, deadline: float) -> Outcome:
+        self._alone_of_users.enter(keyed.debit.user_id)
         try:
-            return await self._ledger.debit(sent, deadline)
+            return await self._ledger.debit(keyed, deadline)
         finally:
-            self._alone_of_users.leave(sent.debit.user_id)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
+            self._alone_of_users.leave(keyed.debit.user_id)

@@ -14,7 +14,7 @@ from app.ledger.client import Ledger
 from app.ledger.outcomes import Outcome
 from app.ledger.repeats import Repeats
 from app.ledger.user_limits import UserLimit
-from app.ledger.waiting import Waiting
+from app.ledger.waiting import WaitingDebit
 from app.telemetry.tracing import use_context_of
 
 # Requests above about 10 KB were seen to take 45 ms longer through nginx.
@@ -26,7 +26,7 @@ SKIPPED_SECONDS_MAX = 0.05
 # Of a batch that the database rejected, so many debits are sent at a time, each alone.
 SPLIT_CALLS_MAX = 2
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class Permits:
@@ -36,11 +36,14 @@ class Permits:
         self._count = count
 
     def take(self) -> bool:
-        is_free = self._count > 0
-        self._count -= is_free
-        return is_free
+        """Take a permit; return whether one was free."""
+        if self._count == 0:
+            return False
+        self._count -= 1
+        return True
 
     def give(self) -> None:
+        """Return a permit."""
         self._count += 1
 
 
@@ -48,8 +51,8 @@ class Permits:
 class _HeldUser:
     """A user whose row may be held: the debit that goes first, and those that wait for it."""
 
-    first: Waiting
-    parked: deque[Waiting] = field(default_factory=deque)
+    first: WaitingDebit
+    parked: deque[WaitingDebit] = field(default_factory=deque)
 
 
 class Lane:
@@ -59,27 +62,27 @@ class Lane:
         self._ledger = ledger
         self._batch_size_max = batch_size_max
         self._permits = permits
-        self._queue: deque[Waiting] = deque()
+        self._queue: deque[WaitingDebit] = deque()
         self._queued_of_users = UserLimit()
         self._held: dict[int, _HeldUser] = {}
-        self._skipped: list[Waiting] = []
+        self._skipped: list[WaitingDebit] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_running = False
 
     def depth(self) -> int:
         return len(self._queue) + sum(len(user.parked) for user in self._held.values())
 
-    def enter_queue(self, waiting: Waiting) -> None:
+    def enter_queue(self, waiting: WaitingDebit) -> None:
         """Take a debit that has just arrived.
 
         Raises:
             Overloaded: too many of its user wait already.
         """
         self._queued_of_users.enter(waiting.user_id)
-        self.add(waiting)
+        self._add(waiting)
 
-    def add(self, waiting: Waiting) -> None:
-        if self._is_parked(waiting):
+    def _add(self, waiting: WaitingDebit) -> None:
+        if self._park_if_held(waiting):
             return
         self._queue.append(waiting)
         if not self._is_running:
@@ -93,14 +96,14 @@ class Lane:
                     single = self._start_single(batch[0])
                     await asyncio.wait({single}, timeout=SINGLE_CALL_SECONDS_MAX)
                 else:
-                    # Not as a task: while those of this batch are answered, the next is sent.
+                    # Awaited here: the next batch is sent before this one's callers resume.
                     use_context_of([waiting.context for waiting in batch])
-                    await self._send(batch)
+                    await self._send_until_settled(batch)
         finally:
             self._is_running = False
 
-    def _take_batch(self) -> list[Waiting]:
-        batch: list[Waiting] = []
+    def _take_batch(self) -> list[WaitingDebit]:
+        batch: list[WaitingDebit] = []
         size_bytes = 0
         while self._queue and len(batch) < self._batch_size_max:
             waiting = self._queue[0]
@@ -110,16 +113,16 @@ class Lane:
             self._queue.popleft()
             if waiting.is_done:  # its deadline passed before it was sent
                 self._release(waiting)
-            elif not self._is_parked(waiting):
+            elif not self._park_if_held(waiting):
                 batch.append(waiting)
         return batch
 
-    async def _send(self, batch: list[Waiting]) -> None:
+    async def _send_until_settled(self, batch: list[WaitingDebit]) -> None:
         """Send a batch, and again as a batch while it fails and may be repeated."""
         repeats = Repeats(self._ledger.pause, max(waiting.deadline for waiting in batch))
         while batch:
             try:
-                outcomes = await self._call(batch)
+                outcomes = await self._send_once(batch)
             except (LedgerUnavailable, OutcomeUnknown) as failure:
                 if not await repeats.again_after(failure):
                     others = self._others() if isinstance(failure, LedgerUnavailable) else []
@@ -127,7 +130,7 @@ class Lane:
                     self._give_up([*batch, *waited])
                     return
                 batch = [waiting for waiting in batch if not waiting.is_done]
-            except Exception as failure:  # a bug must not leave those waiting who came with it
+            except Exception as failure:  # a bug must not leave the callers of this batch waiting
                 if not isinstance(failure, LedgerRejected):
                     logger.exception("a batch of %d failed", len(batch))
                 await self._send_one_by_one(batch)
@@ -136,11 +139,11 @@ class Lane:
                 self._settle(batch, outcomes)
                 return
 
-    async def _call(self, batch: list[Waiting]) -> list[Outcome | None]:
+    async def _send_once(self, batch: list[WaitingDebit]) -> list[Outcome | None]:
         for waiting in batch:
             self._mark_in_flight(waiting)
         try:
-            return await self._ledger.debit_batch([waiting.sent for waiting in batch])
+            return await self._ledger.debit_batch([waiting.keyed for waiting in batch])
         except (LedgerUnavailable, LedgerRejected):
             raise
         except Exception:
@@ -151,7 +154,7 @@ class Lane:
             for waiting in batch:
                 waiting.is_in_flight = False
 
-    def _settle(self, batch: list[Waiting], outcomes: list[Outcome | None]) -> None:
+    def _settle(self, batch: list[WaitingDebit], outcomes: list[Outcome | None]) -> None:
         for waiting, outcome in zip(batch, outcomes, strict=True):
             if outcome is None:
                 self._skip(waiting)
@@ -159,9 +162,9 @@ class Lane:
                 waiting.settle(outcome)
                 self._release(waiting)
 
-    def _skip(self, waiting: Waiting) -> None:
+    def _skip(self, waiting: WaitingDebit) -> None:
         """Have a debit wait that a batch skipped; nothing was done."""
-        if self._is_parked(waiting):
+        if self._park_if_held(waiting):
             return
         self._held.setdefault(waiting.user_id, _HeldUser(waiting))
         if waiting.is_done or waiting.has_waited_too_long:
@@ -177,84 +180,84 @@ class Lane:
     def _add_skipped(self) -> None:
         skipped, self._skipped = self._skipped, []
         for waiting in skipped:
-            self.add(waiting)
+            self._add(waiting)
 
-    def _start_single(self, waiting: Waiting) -> asyncio.Task[None]:
+    def _start_single(self, waiting: WaitingDebit) -> asyncio.Task[None]:
         """Send a debit alone; its user's other debits are parked until it returns."""
         self._held.setdefault(waiting.user_id, _HeldUser(waiting))
         self._mark_in_flight(waiting)  # now: its deadline may pass before the task begins
         return self._start(self._run_single(waiting), waiting.context)
 
-    async def _run_single(self, waiting: Waiting) -> None:
+    async def _run_single(self, waiting: WaitingDebit) -> None:
         try:
             await self._settle_alone(waiting)
         finally:
             self._permits.give()
 
-    async def _send_one_by_one(self, batch: list[Waiting]) -> None:
+    async def _send_one_by_one(self, batch: list[WaitingDebit]) -> None:
         """Send each debit of a batch alone, those of one user in their order."""
-        by_user: dict[int, list[Waiting]] = {}
+        by_user: dict[int, list[WaitingDebit]] = {}
         for waiting in batch:
             by_user.setdefault(waiting.user_id, []).append(waiting)
         users = iter(by_user.values())
 
         async def settle_next_users() -> None:
-            for waitings in users:
-                for waiting in waitings:
+            for debits in users:
+                for waiting in debits:
                     await self._start(self._settle_alone(waiting), waiting.context)
 
         await asyncio.gather(*(settle_next_users() for _ in range(SPLIT_CALLS_MAX)))
 
-    async def _settle_alone(self, waiting: Waiting) -> None:
+    async def _settle_alone(self, waiting: WaitingDebit) -> None:
         self._mark_in_flight(waiting)
         try:
             waiting.settle(
                 await self._ledger.debit(
-                    waiting.sent, waiting.deadline, perhaps_done=waiting.is_perhaps_done
+                    waiting.keyed, waiting.deadline, perhaps_done=waiting.is_perhaps_done
                 )
             )
-        except Exception as error:  # noqa: BLE001 - its caller has to get it
+        except Exception as error:  # noqa: BLE001 - its caller gets it
             waiting.settle(error)
         finally:
             self._release(waiting)
 
-    def _mark_in_flight(self, waiting: Waiting) -> None:
+    def _mark_in_flight(self, waiting: WaitingDebit) -> None:
         waiting.is_in_flight = True
         self.leave_queue(waiting)
 
-    def leave_queue(self, waiting: Waiting) -> None:
+    def leave_queue(self, waiting: WaitingDebit) -> None:
         if waiting.is_queued:
             waiting.is_queued = False
             self._queued_of_users.leave(waiting.user_id)
 
-    def _give_up(self, waitings: Iterable[Waiting]) -> None:
-        for waiting in list(waitings):
+    def _give_up(self, debits: Iterable[WaitingDebit]) -> None:
+        for waiting in list(debits):
             if waiting.is_perhaps_done:
-                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))
+                waiting.settle(OutcomeUnknown(idempotency_key=waiting.keyed.key))
             else:
                 waiting.settle(LedgerUnavailable())
             self._release(waiting)
 
-    def _others(self) -> list[Waiting]:
+    def _others(self) -> list[WaitingDebit]:
         """Return the debits that have not been sent yet, or were skipped."""
         parked = (waiting for user in self._held.values() for waiting in user.parked)
         return [*self._queue, *parked]
 
-    def _is_parked(self, waiting: Waiting) -> bool:
-        """Park a debit if another one of its user goes first."""
+    def _park_if_held(self, waiting: WaitingDebit) -> bool:
+        """Park a debit behind an earlier one of its user; return whether it was parked."""
         user = self._held.get(waiting.user_id)
         if user is None or user.first is waiting:
             return False
         user.parked.append(waiting)
         return True
 
-    def _release(self, waiting: Waiting) -> None:
+    def _release(self, waiting: WaitingDebit) -> None:
         """Let the user's parked debits go on once the first one is settled."""
         user = self._held.get(waiting.user_id)
         if user is not None and user.first is waiting:
             del self._held[waiting.user_id]
             for parked in user.parked:
-                self.add(parked)
+                self._add(parked)
 
     def _start(self, work: Coroutine[Any, Any, None], context: Context) -> asyncio.Task[None]:
         task = asyncio.create_task(work, context=context)

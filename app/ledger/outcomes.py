@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple
 from uuid import UUID
 
 from postgrest.types import JSON
@@ -52,7 +52,10 @@ class Debit(NamedTuple):
 
 
 class KeyedDebit(NamedTuple):
-    """A debit with its idempotency key, the id of this attempt at it, and who asks."""
+    """A debit with its idempotency key, the id of this attempt at it, and the caller's name.
+
+    `key` equals `attempt` if the caller sent none.
+    """
 
     debit: Debit
     key: str
@@ -74,14 +77,15 @@ class Debited(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    outcome: Literal["debited"]
+    # The published members come first and in their published order.
     user_id: int
-    item_id: UUID
-    expected_price: int | None
-    transaction_id: UUID
-    amount: int = Field(ge=0)
     new_balance: int
+    transaction_id: UUID
+    item_id: UUID
+    amount: int = Field(ge=0)
     created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
+    outcome: Literal["debited"]
+    expected_price: int | None
     replayed: bool
     actor: str | None = None
 
@@ -91,13 +95,17 @@ class Debited(BaseModel):
 
     def is_about(self, debit: Debit) -> bool:
         """Tell whether this is the outcome of a request for the same debit."""
-        return debit == (self.user_id, self.item_id, self.expected_price)
+        return (
+            self.user_id == debit.user_id
+            and self.item_id == debit.item_id
+            and self.expected_price == debit.expected_price
+        )
 
 
 class Declined(BaseModel):
-    """The rules refused the debit; no money moved. Other members explain the refusal."""
+    """The rules refused the debit; no money moved. `members` are what the problem adds."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True)
 
     outcome: str
     item_id: UUID | None
@@ -105,6 +113,7 @@ class Declined(BaseModel):
     replayed: bool
     attempt: UUID | None = None
     actor: str | None = None
+    members: dict[str, object] = {}
 
     @field_validator("outcome")
     @classmethod
@@ -113,22 +122,23 @@ class Declined(BaseModel):
             raise ValueError("no such outcome")
         return outcome
 
-    @model_validator(mode="after")
-    def _explains_itself(self) -> Self:
-        if extension := OUTCOME_ERRORS[self.outcome].extension:
-            extension.model_validate(self.model_extra)
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _read_members(cls, outcome: Any) -> Any:
+        if not isinstance(outcome, dict):
+            return outcome
+        error = OUTCOME_ERRORS.get(str(outcome.get("outcome")))
+        if error is None or error.extension is None:
+            return outcome
+        return outcome | {"members": error.extension.model_validate(outcome).model_dump()}
 
     def is_about(self, debit: Debit) -> bool:
         """Tell whether this is the outcome of a request for the same debit."""
-        return (self.item_id, self.expected_price) == (debit.item_id, debit.expected_price)
+        return self.item_id == debit.item_id and self.expected_price == debit.expected_price
 
     def problem(self) -> PaymentError:
         """Return the problem that the caller gets, the same one at every replay."""
-        error = OUTCOME_ERRORS[self.outcome]
-        names = error.extension.model_fields if error.extension else ()
-        details = self.model_extra or {}
-        problem = error(**{name: details[name] for name in names})
+        problem = OUTCOME_ERRORS[self.outcome](None, **self.members)
         problem.replayed = self.replayed
         return problem
 
@@ -145,60 +155,60 @@ _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 _OUTCOME_OR_NONE: TypeAdapter[Outcome | None] = TypeAdapter(Outcome | None)
 
 
-def write_arguments(sent: KeyedDebit) -> dict[str, JSON]:
+def write_arguments(keyed: KeyedDebit) -> dict[str, JSON]:
     """Return the arguments of `debit_use`."""
     return {
-        "user_id_input": sent.debit.user_id,
-        "item_input": str(sent.debit.item_id),
-        "idempotency_key_input": sent.key,
-        "expected_price_input": sent.debit.expected_price,
-        "attempt_input": sent.attempt,
-        "actor_input": sent.actor,
+        "user_id_input": keyed.debit.user_id,
+        "item_input": str(keyed.debit.item_id),
+        "idempotency_key_input": keyed.key,
+        "expected_price_input": keyed.debit.expected_price,
+        "attempt_input": keyed.attempt,
+        "actor_input": keyed.actor,
     }
 
 
-def write_debit(sent: KeyedDebit) -> JSON:
+def write_debit(keyed: KeyedDebit) -> JSON:
     """Return a debit of `debit_use_batch`, without null members: a request then holds more."""
-    debit = sent.debit
+    debit = keyed.debit
     written: dict[str, JSON] = {
         "user_id": debit.user_id,
         "item_id": str(debit.item_id),
-        "attempt": sent.attempt,
+        "attempt": keyed.attempt,
     }
-    if not sent.has_generated_key:
-        written["idempotency_key"] = sent.key
+    if not keyed.has_generated_key:
+        written["idempotency_key"] = keyed.key
     if debit.expected_price is not None:
         written["expected_price"] = debit.expected_price
-    if sent.actor is not None:
-        written["actor"] = sent.actor
+    if keyed.actor is not None:
+        written["actor"] = keyed.actor
     return written
 
 
-def read_outcome(response: object, sent: KeyedDebit) -> Outcome:
+def read_outcome(response: object, keyed: KeyedDebit) -> Outcome:
     """Read what `debit_use` returned. This request's own lost response is no replay.
 
     Raises:
         ValueError: it is no outcome, or that of another debit.
     """
     outcome = _OUTCOME.validate_python(response)
-    if not outcome.is_about(sent.debit):
+    if not outcome.is_about(keyed.debit):
         raise ValueError("the outcome is about another debit")
-    if outcome.replayed and str(outcome.attempt) == sent.attempt:
+    if outcome.replayed and str(outcome.attempt) == keyed.attempt:
         return outcome.model_copy(update={"replayed": False})
     return outcome
 
 
-def read_batch(response: object, sent: Sequence[KeyedDebit]) -> list[Outcome | None]:
+def read_batch(response: object, debits: Sequence[KeyedDebit]) -> list[Outcome | None]:
     """Read what `debit_use_batch` returned; None: another transaction holds the user or the item.
 
     Raises:
         ValueError: it is not a list of these debits' outcomes.
     """
-    if not isinstance(response, list) or len(response) != len(sent):
+    if not isinstance(response, list) or len(response) != len(debits):
         raise ValueError("there is not one outcome for each debit")
     return [
         None if _is_busy(outcome) else read_outcome(outcome, debit)
-        for outcome, debit in zip(response, sent, strict=True)
+        for outcome, debit in zip(response, debits, strict=True)
     ]
 
 

@@ -4,6 +4,7 @@ import asyncio
 import random
 
 from app.errors import LedgerUnavailable, OutcomeUnknown, PaymentError
+from app.event_loop import now
 from app.http_client.retry_after import Pause
 
 # A call that was certainly not done is repeated for so long, for example while Postgres restarts.
@@ -19,7 +20,7 @@ class Repeats:
         self.perhaps_done = perhaps_done
         self._pause = pause
         self._deadline = deadline
-        self._not_done_until = _now() + NOT_DONE_SECONDS_MAX
+        self._not_done_until = now() + NOT_DONE_SECONDS_MAX
         self._calls = 0
 
     async def again_after(self, failure: PaymentError) -> bool:
@@ -30,7 +31,7 @@ class Repeats:
         elif not isinstance(failure, LedgerUnavailable):
             return False
         delay_seconds = self._pause.seconds_left() + _delay_seconds(self._calls)
-        at = _now() + delay_seconds
+        at = now() + delay_seconds
         if at >= self._deadline or (not self.perhaps_done and at > self._not_done_until):
             return False
         await asyncio.sleep(delay_seconds)
@@ -41,7 +42,3 @@ def _delay_seconds(calls: int) -> float:
     """Wait longer after each call, and never two callers alike."""
     most = min(FIRST_DELAY_SECONDS_MAX * 2 ** (calls - 1), DELAY_SECONDS_MAX)
     return random.uniform(most / 2, most)  # noqa: S311 - it spreads callers, it guards nothing
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

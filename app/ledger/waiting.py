@@ -4,6 +4,7 @@ import asyncio
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
+from app.event_loop import now
 from app.ledger.outcomes import KeyedDebit, Outcome
 from app.ledger.repeats import NOT_DONE_SECONDS_MAX
 
@@ -16,10 +17,10 @@ ACTOR_BYTES = 11
 
 
 @dataclass(eq=False)
-class Waiting:
+class WaitingDebit:
     """A debit on its way to the ledger, and its caller who waits for the outcome."""
 
-    sent: KeyedDebit
+    keyed: KeyedDebit
     deadline: float
     arrived: float
     outcome: asyncio.Future[Outcome] = field(default_factory=asyncio.Future)
@@ -35,22 +36,19 @@ class Waiting:
 
     @property
     def user_id(self) -> int:
-        return self.sent.debit.user_id
+        return self.keyed.debit.user_id
 
     @property
     def has_waited_too_long(self) -> bool:
         """Tell whether it was certainly not done for so long that its caller is told."""
-        return (
-            not self.is_perhaps_done
-            and asyncio.get_running_loop().time() - self.arrived > NOT_DONE_SECONDS_MAX
-        )
+        return not self.is_perhaps_done and now() - self.arrived > NOT_DONE_SECONDS_MAX
 
     @property
     def size_bytes(self) -> int:
         """Return its share of a request."""
-        debit, key, _, actor = self.sent
+        debit, key, _, actor = self.keyed
         size = DEBIT_BYTES + len(str(debit.user_id))
-        if not self.sent.has_generated_key:
+        if not self.keyed.has_generated_key:
             size += KEY_BYTES + len(key) + key.count("\\")  # JSON doubles a backslash
         if debit.expected_price is not None:
             size += PRICE_BYTES + len(str(debit.expected_price))

@@ -1,8 +1,5 @@
 """The use case: charge a user for an item, exactly once."""
 
-import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 from uuid import uuid4
 
 from app.auth.authentication import Caller
@@ -16,11 +13,11 @@ from app.errors import (
     PaymentError,
     ProductsUnavailable,
 )
+from app.event_loop import now
 from app.ledger.client import Ledger
 from app.ledger.group_commit import GroupCommit
 from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, is_of
-from app.ledger.user_limits import UserTurns
-from app.products.client import Products
+from app.products.cache import Products
 from app.telemetry.metrics import Metrics
 
 
@@ -43,13 +40,12 @@ class Debits:
         self._waiting_max = waiting_max
         self._timeout_seconds = timeout_seconds
         self._waiting = 0
-        self._lookup_turns = UserTurns()
         metrics.waiting.set_function(lambda: self._waiting)
         metrics.waiting_max.set(waiting_max)
 
-    def deadline(self) -> float:
-        """Until when a request that comes now is answered, by the event loop's clock."""
-        return asyncio.get_running_loop().time() + self._timeout_seconds
+    def new_deadline(self) -> float:
+        """Return the time by which a request that arrives now gets its response."""
+        return now() + self._timeout_seconds
 
     async def debit_user_for_item(
         self,
@@ -67,8 +63,10 @@ class Debits:
             raise Overloaded
         self._waiting += 1
         try:
-            with self._telling_how_long_to_wait():
-                return await self._debit(debit, callers_key, deadline, caller)
+            return await self._debit(debit, callers_key, deadline, caller)
+        except LedgerUnavailable as problem:
+            self._ledger.pause.apply_to(problem)
+            raise
         finally:
             self._waiting -= 1
 
@@ -81,24 +79,14 @@ class Debits:
             LedgerUnavailable: it could not be looked up.
             IdempotencyKeyReused: the key was used by another actor.
         """
-        with self._telling_how_long_to_wait():
-            outcome = await self._find(user_id, key, deadline)
-        if outcome is not None and not is_of(outcome, _actor(caller)):
+        try:
+            outcome = await self._ledger.find(user_id, key, deadline)
+        except LedgerUnavailable as problem:
+            self._ledger.pause.apply_to(problem)
+            raise
+        if outcome is not None and not is_of(outcome, caller.actor if caller else None):
             raise IdempotencyKeyReused
         return outcome
-
-    async def _find(self, user_id: int, key: str, deadline: float) -> Outcome | None:
-        async with self._lookup_turns.turn(user_id, deadline):
-            return await self._ledger.find(user_id, key, deadline)
-
-    @contextmanager
-    def _telling_how_long_to_wait(self) -> Iterator[None]:
-        """Pass the ledger's Retry-After on."""
-        try:
-            yield
-        except LedgerUnavailable as problem:
-            problem.headers = self._ledger.pause.headers(problem.headers)
-            raise
 
     async def _debit(
         self,
@@ -107,32 +95,27 @@ class Debits:
         deadline: float,
         caller: Caller | None,
     ) -> Debited:
+        actor = caller.actor if caller else None
         try:
-            item = await self._products.get_item(debit.item_id, caller and caller.token)
+            item = await self._products.get_item(debit.item_id, caller.token if caller else None)
             if not item.active:
                 raise ItemInactive
         except (ItemNotFound, ItemInactive, ProductsUnavailable, Forbidden) as refusal:
             if callers_key is None:
                 raise
-            sent = KeyedDebit(debit, callers_key, str(uuid4()), _actor(caller))
-            return _charged(await self._find_earlier(sent, deadline, refusal))
+            return await self._replay(debit, callers_key, actor, deadline, refusal)
         attempt = str(uuid4())
-        # A key that is the attempt's id is generated; the ledger keeps its decline for a day.
-        sent = KeyedDebit(debit, callers_key or attempt, attempt, _actor(caller))
-        return _charged(await self._group_commit.debit(sent, deadline))
+        keyed = KeyedDebit(debit, callers_key or attempt, attempt, actor)
+        return _charged(await self._group_commit.debit(keyed, deadline))
 
-    async def _find_earlier(
-        self, sent: KeyedDebit, deadline: float, refusal: PaymentError
-    ) -> Outcome:
-        """Find what a retry was answered the first time, although the item is refused now."""
-        earlier = await self._find(sent.debit.user_id, sent.key, deadline)
-        if earlier is None or not earlier.is_about(sent.debit) or not is_of(earlier, sent.actor):
+    async def _replay(
+        self, debit: Debit, key: str, actor: str | None, deadline: float, refusal: PaymentError
+    ) -> Debited:
+        """Return the outcome of an earlier request, although the item is refused now."""
+        outcome = await self._ledger.find(debit.user_id, key, deadline)
+        if outcome is None or not outcome.is_about(debit) or not is_of(outcome, actor):
             raise refusal
-        return earlier
-
-
-def _actor(caller: Caller | None) -> str | None:
-    return caller.actor if caller else None
+        return _charged(outcome)
 
 
 def _charged(outcome: Outcome) -> Debited:

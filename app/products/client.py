@@ -1,25 +1,21 @@
-"""The products service: whether an item is for sale."""
+"""The client of the products service."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import NamedTuple
 from uuid import UUID
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from app.errors import Forbidden, ItemNotFound, PaymentError, ProductsUnavailable
+from app.errors import Forbidden, ItemNotFound, ProductsUnavailable
+from app.http_client.availability import FAILURE_SECONDS, Availability
 from app.http_client.client import CALL_ERRORS, describe_failure, http_client
-from app.http_client.failures import FAILURE_SECONDS, FailureLog, Failures
-from app.http_client.retry_after import Pause
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import dependency_call
 
 PRODUCTS_TIMEOUT_SECONDS = 2.0
-CACHE_SECONDS_MAX = 60.0
-ITEMS_MAX = 10_000
 ITEM_BYTES_MAX = 64 * 1024
 REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
@@ -27,7 +23,7 @@ logger = logging.getLogger(__package__)
 
 
 class Item(BaseModel):
-    """An item as the products service tells it; the price that counts is the ledger's."""
+    """An item as the products service describes it; the ledger's price is the one charged."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -36,147 +32,76 @@ class Item(BaseModel):
     active: bool
 
 
-class _Cached(NamedTuple):
-    item: Item
-    since: float  # by the event loop's clock
+class ProductsClient:
+    """Asks the products service for items.
 
-
-class _Call(NamedTuple):
-    """A call under way, for everybody who needs the item; made with the first one's token."""
-
-    token: str | None
-    result: asyncio.Task[Item | PaymentError]
-
-
-class Products:
-    """Client of the products service, with a cache of its responses for all callers.
-
-    A response is used for `cache_seconds`. After that it is used for up to a minute while one call
-    in the background refreshes it, since the ledger checks the item and its price again. Only a
-    caller whose item is not known waits, or whose item was not for sale: nobody checks that again.
-    With `cache_seconds` 0 everybody waits for a response, except while the service fails.
+    The products service gets the service's own token, or the caller's token if there is none.
     """
 
     def __init__(
         self,
         client: httpx.AsyncClient,
         metrics: Metrics,
-        cache_seconds: float,
         service_token: SecretStr | None = None,
         *,
         timeout_seconds: float = PRODUCTS_TIMEOUT_SECONDS,
         failure_seconds: float = FAILURE_SECONDS,
-        items_max: int = ITEMS_MAX,
     ) -> None:
         self._client = client
         self._metrics = metrics
         self._service_token = service_token
-        self._items_max = items_max
-        self._cache_seconds = cache_seconds
         self._timeout_seconds = timeout_seconds
-        self._cache: dict[UUID, _Cached] = {}  # the oldest response first
-        self._calls: dict[UUID, _Call] = {}
-        self._pause = Pause("PRODUCTS_SERVICE_URL")
-        self._failures = Failures(failure_seconds)
-        self._log = FailureLog(logger, "products service")
-        self.last_state = "not asked yet"
+        self.availability = Availability(
+            logger, "products service", "PRODUCTS_SERVICE_URL", failure_seconds
+        )
         metrics.announce_failing_call("products", "get_item", ProductsUnavailable.code)
 
-    async def get_item(self, item_id: UUID, token: str | None = None) -> Item:
-        """Return an item, from the cache or from the products service.
+    def token_for(self, callers_token: str | None) -> str | None:
+        """Return the caller's token if it is sent: it never leaves a service with its own token."""
+        return None if self._service_token else callers_token
 
-        The products service gets the service's own token, or the caller's if there is none.
+    async def fetch_item(self, item_id: UUID, token: str | None) -> Item:
+        """Return an item; `token` is the caller's.
 
         Raises:
-            ItemNotFound: the products service says that there is none.
+            ItemNotFound: the products service does not know it.
             Forbidden: it refuses the caller's token.
-            ProductsUnavailable: it is down or slow, or its response is invalid.
+            ProductsUnavailable: it is down or too slow, or its response is invalid.
         """
-        if self._service_token:
-            token = None  # the caller's token does not leave this service
-        cached = self._cache.get(item_id)
-        age_seconds = _now() - cached.since if cached else CACHE_SECONDS_MAX
-        if cached and age_seconds < self._cache_seconds:
-            return cached.item
-        call = self._join_call(item_id, token)
-        if cached is None or age_seconds >= CACHE_SECONDS_MAX:
-            return await self._result(call, item_id, token)
-        if call is None or self._need_not_wait(cached.item):
-            return cached.item
-        try:
-            return await self._result(call, item_id, token)
-        except ProductsUnavailable:
-            return cached.item
+        with dependency_call(self._metrics, "products", "get_item"):
+            try:
+                response = await self._send(item_id, token)
+                is_refused = self.token_for(token) is not None and response.status_code in REFUSED
+                item = None if is_refused else _read_item(response, item_id)
+            except CALL_ERRORS as error:
+                self.availability.record_failure(item_id, *self._describe(error))
+                raise self.unavailable() from error
+            self.availability.record_success()
+            if is_refused:
+                self.availability.log(
+                    logging.WARNING, f"{response.status_code} for a caller's token"
+                )
+                raise Forbidden("The products service refuses the token")
+            if item is None:
+                raise ItemNotFound
+            return item
 
-    def _need_not_wait(self, item: Item) -> bool:
-        """Tell whether an old response will do while a call in the background refreshes it."""
-        return item.active and (self._cache_seconds > 0 or self.last_state != "ok")
+    def unavailable(self) -> ProductsUnavailable:
+        """Return the problem of callers whose item cannot be checked."""
+        problem = ProductsUnavailable()
+        self.availability.pause.apply_to(problem)
+        return problem
 
-    async def close(self) -> None:
-        """End the calls that nobody waits for."""
-        results = [call.result for call in self._calls.values()]
-        for result in results:
-            result.cancel()
-        await asyncio.gather(*results, return_exceptions=True)
-
-    def _join_call(self, item_id: UUID, token: str | None) -> _Call | None:
-        """Return the call about an item, begun now if need be; None if none may be made now."""
-        call = self._calls.get(item_id)
-        if call is None and not self._pause.seconds_left() and self._failures.may_call(item_id):
-            call = _Call(token, asyncio.create_task(self._fetch(item_id, token)))
-            self._calls[item_id] = call
-            call.result.add_done_callback(lambda _: self._calls.pop(item_id))
-        return call
-
-    async def _result(self, call: _Call | None, item_id: UUID, token: str | None) -> Item:
-        if call is None:
-            raise self._unavailable()
-        result = await asyncio.shield(call.result)  # a caller who leaves ends no other's call
-        if isinstance(result, Forbidden) and call.token != token:
-            result = await self._fetch(item_id, token)
-        if isinstance(result, PaymentError):
-            raise result
-        return result
-
-    async def _fetch(self, item_id: UUID, token: str | None) -> Item | PaymentError:
-        """Ask for an item; a problem is returned, so that it may also be of interest to nobody."""
-        try:
-            with dependency_call(self._metrics, "products", "get_item"):
-                item = await self._ask(item_id, token)
-        except PaymentError as problem:
-            if isinstance(problem, ItemNotFound):
-                self._cache.pop(item_id, None)
-            return problem
-        self._cache.pop(item_id, None)
-        self._cache[item_id] = _Cached(item, _now())
-        if len(self._cache) > self._items_max:
-            del self._cache[next(iter(self._cache))]
-        return item
-
-    async def _ask(self, item_id: UUID, token: str | None) -> Item:
+    async def _send(self, item_id: UUID, token: str | None) -> httpx.Response:
         sent = self._service_token.get_secret_value() if self._service_token else token
         headers = {"Authorization": f"Bearer {sent}"} if sent else {}
-        try:
-            async with asyncio.timeout(self._timeout_seconds):
-                response = await self._client.get(f"/items/{item_id}", headers=headers)
-            await self._pause.read(response)
-            is_refused = token is not None and response.status_code in REFUSED
-            item = None if is_refused else _read_item(response, item_id)
-        except CALL_ERRORS as error:
-            self.last_state = "unavailable"
-            self._failures.record_failure(item_id)
-            self._log.log(*self._describe(error))
-            raise self._unavailable() from error
-        self.last_state = "ok"
-        self._failures.record_success()
-        if is_refused:
-            self._log.log(logging.WARNING, f"{response.status_code} for a caller's token")
-            raise Forbidden("The products service refuses the token")
-        if item is None:
-            raise ItemNotFound
-        return item
+        async with asyncio.timeout(self._timeout_seconds):
+            response = await self._client.get(f"/items/{item_id}", headers=headers)
+        await self.availability.pause.read(response)
+        return response
 
     def _describe(self, error: Exception) -> tuple[int, str]:
+        """Return the level and the reason of a failed call for the log."""
         reason = describe_failure(error, self._timeout_seconds)
         is_refused = (
             isinstance(error, httpx.HTTPStatusError) and error.response.status_code in REFUSED
@@ -185,16 +110,11 @@ class Products:
             return logging.ERROR, f"{reason} for PRODUCTS_SERVICE_TOKEN; set a valid token"
         return logging.WARNING, reason
 
-    def _unavailable(self) -> ProductsUnavailable:
-        problem = ProductsUnavailable()
-        problem.headers = self._pause.headers(problem.headers)
-        return problem
-
 
 @asynccontextmanager
-async def open_products(
-    url: str, metrics: Metrics, *, cache_seconds: float, service_token: SecretStr | None
-) -> AsyncIterator[Products]:
+async def open_products_client(
+    url: str, metrics: Metrics, service_token: SecretStr | None
+) -> AsyncIterator[ProductsClient]:
     """Open a client of the products service at `url`."""
     async with http_client(
         "PRODUCTS_SERVICE_URL",
@@ -202,11 +122,7 @@ async def open_products(
         timeout_seconds=PRODUCTS_TIMEOUT_SECONDS,
         response_bytes_max=ITEM_BYTES_MAX,
     ) as client:
-        products = Products(client, metrics, cache_seconds, service_token)
-        try:
-            yield products
-        finally:
-            await products.close()
+        yield ProductsClient(client, metrics, service_token)
 
 
 def _read_item(response: httpx.Response, item_id: UUID) -> Item | None:
@@ -218,7 +134,3 @@ def _read_item(response: httpx.Response, item_id: UUID) -> Item | None:
     if item.id != item_id:
         raise ValueError("the response is about another item")
     return item
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

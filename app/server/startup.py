@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.environment.variables import CANNOT_START, SettingsError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class StartupMessage:
@@ -17,6 +17,10 @@ class StartupMessage:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+
         async def send_message(message: Message) -> None:
             error = sys.exception()
             if message["type"] == "lifespan.startup.failed" and error is not None:
@@ -24,7 +28,7 @@ class StartupMessage:
                 message = {**message, "message": describe_startup_failure(error)}
             await send(message)
 
-        await self._app(scope, receive, send_message if scope["type"] == "lifespan" else send)
+        await self._app(scope, receive, send_message)
 
 
 def describe_startup_failure(error: BaseException) -> str:

@@ -6,13 +6,13 @@ import re
 import signal
 import sys
 
-from app.environment.variables import SettingsError
+from app.environment.variables import CANNOT_START, SettingsError
 
 OPTION = re.compile(r"(?:--workers[= ]|-w ?)(\d+)(?: |$)")
 
 
 def refuse_several_workers() -> None:
-    """Find out how many worker processes the server was told to run.
+    """Stop the start if the server was told to run several worker processes.
 
     Raises:
         SettingsError: more than one.
@@ -24,7 +24,7 @@ def refuse_several_workers() -> None:
     if supervisor := multiprocessing.parent_process():
         os.kill(supervisor.pid or 0, signal.SIGTERM)  # uvicorn's would start the next one, forever
     raise SettingsError(
-        f"The service cannot start with {workers} workers: it is one process, because /metrics "
+        f"{CANNOT_START} with {workers} workers: it is one process, because /metrics "
         "shows only one. Start it with `python -m app`, without --workers and WEB_CONCURRENCY; for "
         "more throughput, run more pods or containers."
     )

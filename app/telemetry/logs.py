@@ -11,7 +11,7 @@ import structlog
 from structlog.stdlib import ProcessorFormatter
 from structlog.types import EventDict, Processor
 
-from app.telemetry.requests import request_now
+from app.telemetry.request_record import request_now
 
 
 def configure_logging(level: str) -> None:

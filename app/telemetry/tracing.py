@@ -17,10 +17,11 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.environment.libraries import building, check_trace_variables, trace_variables
+from app.environment.libraries import check_trace_variables, trace_variables
+from app.environment.variables import failure_names_settings
 from app.errors import PaymentError
 from app.telemetry.metrics import Metrics
-from app.telemetry.requests import RequestRecord, request_now
+from app.telemetry.request_record import RequestRecord, request_now
 
 NO_CONTEXT = context.Context()
 TRACES_PER_SECOND_MAX = 100
@@ -47,7 +48,7 @@ def exported_traces(endpoint: str | None) -> Iterator[None]:
         return
     check_trace_variables()
     with ExitStack() as stack:
-        with building("the exporter of traces", *trace_variables()):
+        with failure_names_settings("the exporter of traces", *trace_variables()):
             # Without traces their libraries take neither time nor memory.
             from app.telemetry.trace_export import spans_sent_to  # noqa: PLC0415
 
@@ -69,13 +70,14 @@ class RequestSpans:
         self._counted_at = monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and is_exporting():
+        if scope["type"] == "http" and scope.get("state", {}).get("exports_traces"):
             traceparent = read_traceparent(dict(scope["headers"]))
             is_wanted = traceparent is None or is_traced(traceparent)
             if is_wanted and self._may_begin():
                 await self._trace(scope, receive, send)
                 return
-            context.attach(NO_CONTEXT)  # else that of the connection's last request may go on
+            # The context of the connection's previous request could still be attached.
+            context.attach(NO_CONTEXT)
         await self._app(scope, receive, send)
 
     def _may_begin(self) -> bool:
@@ -105,8 +107,10 @@ class RequestSpans:
                         span.set_status(Status(StatusCode.ERROR))
                 await send(message)
 
-            state = scope.setdefault("state", {})
-            _propagator.inject(state)  # as "traceparent", which the request's record takes over
+            state = scope["state"]
+            carrier: dict[str, str] = {}
+            _propagator.inject(carrier)
+            state["traceparent"] = carrier["traceparent"]
             await self._app(scope, receive, send_and_record_status)
             record: RequestRecord = state["record"]
             span.update_name(f"{method} {record.route}")
@@ -157,11 +161,6 @@ def dependency_call(metrics: Metrics, dependency: str, operation: str) -> Iterat
         metrics.call_seconds.labels(dependency, operation, outcome).observe(seconds)
 
 
-def is_exporting() -> bool:
-    """Tell whether there is a collector to which spans are sent."""
-    return not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider)
-
-
 def use_context_of(requests: Sequence[Context]) -> None:
     """Log and trace what follows in this context as done for a request: the first that is traced.
 
@@ -169,7 +168,7 @@ def use_context_of(requests: Sequence[Context]) -> None:
     (https://opentelemetry.io/docs/concepts/signals/traces/#span-links).
     """
     holder = requests[0]
-    if is_exporting():
+    if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         spans = [request.run(trace.get_current_span) for request in requests]
         traced = [number for number, span in enumerate(spans) if span.is_recording()]
         for number in traced[1:]:

@@ -18,14 +18,14 @@ OF_RESPONSES = (
     (
         "the changed price is not returned",
         "ledger/outcomes.py",
-        "for name in names})\n",
-        "for name in ()})\n",
+        "(None, **self.members)\n",
+        "()\n",
     ),
     (
         "every decline is insufficient funds",
         "ledger/outcomes.py",
-        "        error = OUTCOME_ERRORS[self.outcome]\n",
-        "        error = InsufficientFunds\n",
+        "        problem = OUTCOME_ERRORS[self.outcome](",
+        "        problem = InsufficientFunds(",
     ),
     (
         "an inactive user has the status of an unknown one",
@@ -48,7 +48,7 @@ OF_RESPONSES = (
     (
         "another debit with the key is replayed for a removed item",
         "payments/debits.py",
-        " or not earlier.is_about(sent.debit)",
+        " or not outcome.is_about(debit)",
         "",
     ),
     (
@@ -66,7 +66,7 @@ OF_RESPONSES = (
     (
         "the expected price is not passed on",
         "ledger/outcomes.py",
-        '        "expected_price_input": sent.debit.expected_price,\n',
+        '        "expected_price_input": keyed.debit.expected_price,\n',
         '        "expected_price_input": None,\n',
     ),
 )
@@ -84,7 +84,7 @@ OF_FAULTS = (
     (
         "a debit whose first response was lost is a replay",
         "ledger/outcomes.py",
-        "    if outcome.replayed and str(outcome.attempt) == sent.attempt:\n",
+        "    if outcome.replayed and str(outcome.attempt) == keyed.attempt:\n",
         "    if False:\n",
     ),
     (
@@ -97,9 +97,9 @@ OF_FAULTS = (
         "an unknown outcome of a batch is returned as not charged",
         "ledger/lane.py",
         "            if waiting.is_perhaps_done:\n"
-        "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))\n",
+        "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.keyed.key))\n",
         "            if False:\n"
-        "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.sent.key))\n",
+        "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.keyed.key))\n",
     ),
     (
         "a lost response means not charged",

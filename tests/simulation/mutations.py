@@ -51,8 +51,8 @@ PAST_FAULTS = (
     Mutation(
         "a replay after a lost response is always the request's own outcome",
         "ledger/client.py",
-        "                return await self._debit_once(sent, deadline)\n",
-        "                outcome = await self._debit_once(sent, deadline)\n"
+        "                return await self._debit_once(keyed, deadline)\n",
+        "                outcome = await self._debit_once(keyed, deadline)\n"
         "                if repeats.perhaps_done:\n"
         '                    return outcome.model_copy(update={"replayed": False})\n'
         "                return outcome\n",
@@ -61,8 +61,8 @@ PAST_FAULTS = (
     Mutation(
         "lookups share the limit of debits",
         "ledger/client.py",
-        "deadline, read_found, self._lookups)",
-        "deadline, read_found)",
+        "deadline, read_found, self._lookups\n",
+        "deadline, read_found, self._calls\n",
         "lookup-waits",
     ),
     Mutation(
@@ -89,8 +89,8 @@ OTHER_MISTAKES = (
     Mutation(
         "each call has a new key",
         "ledger/outcomes.py",
-        '"idempotency_key_input": sent.key,',
-        '"idempotency_key_input": f"{sent.key} {id(object())}",',
+        '"idempotency_key_input": keyed.key,',
+        '"idempotency_key_input": f"{keyed.key} {id(object())}",',
         "charges",
     ),
     Mutation(
@@ -124,7 +124,7 @@ OTHER_MISTAKES = (
     Mutation(
         "parked debits stay parked",
         "ledger/lane.py",
-        "                self.add(parked)\n",
+        "                self._add(parked)\n",
         "                pass\n",
         "failed-batch",
     ),
@@ -145,7 +145,7 @@ OTHER_MISTAKES = (
     Mutation(
         "a reused key returns the outcome of another debit",
         "payments/debits.py",
-        " or not earlier.is_about(sent.debit)",
+        " or not outcome.is_about(debit)",
         "",
         "responses",
     ),

@@ -15,7 +15,7 @@ from app.ledger.client import Ledger
 from app.ledger.group_commit import GroupCommit
 from app.ledger.outcomes import Debit, Debited, Outcome
 from app.payments.debits import Debits
-from app.products.client import Products
+from app.products.cache import Products
 from app.telemetry.metrics import Metrics
 from simulation import failures
 from simulation.database import Database
@@ -150,7 +150,7 @@ class _Runner:
         )
         result: Debited | Exception
         try:
-            deadline = self._debits.deadline()
+            deadline = self._debits.new_deadline()
             result = await self._debits.debit_user_for_item(debit, purchase.key, deadline)
         except Exception as error:  # noqa: BLE001 - the checks distinguish problems from bugs
             result = error
@@ -165,7 +165,7 @@ class _Runner:
         started_at = self._loop.time()
         result: Outcome | Exception | None
         try:
-            deadline = self._debits.deadline()
+            deadline = self._debits.new_deadline()
             result = await self._debits.find_outcome(purchase.user_id, purchase.key, deadline)
         except Exception as error:  # noqa: BLE001 - as above
             result = error

@@ -7,7 +7,7 @@ import pytest
 from issuer import ACCEPTED, Issuer, Start, code, look_up, make_token, start
 from servers import await_true
 
-from app.api.readiness import Readiness
+from app.server.readiness import Readiness
 from app.telemetry.metrics import Metrics
 
 

@@ -9,6 +9,7 @@ from servers import make_settings
 from supabase import AsyncClient, AsyncClientOptions
 
 from app.http_client.client import http_client
+from app.http_client.retry_after import Pause
 from app.ledger.client import REMOVED_ROWS_MAX, Ledger
 from app.ledger.generated_declines import remove_generated_declines
 from app.telemetry.metrics import Metrics
@@ -34,6 +35,7 @@ async def remove_all(gateway_url: str) -> str:
                 AsyncClientOptions(httpx_client=client),
             ),
             Metrics(),
+            Pause("SUPABASE_URL"),
         )
         await remove_generated_declines(ledger)
         return ledger.last_state

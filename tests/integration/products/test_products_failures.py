@@ -17,9 +17,10 @@ from servers import RawServer, SocketServer, await_true, http_response
 from timing import assert_below, repeated_if_too_slow
 
 from app.errors import ItemNotFound, ProductsUnavailable
+from app.http_client.availability import FailureLog
 from app.http_client.client import http_client
-from app.http_client.failures import FailureLog
-from app.products.client import ITEM_BYTES_MAX, Products
+from app.products.cache import ITEMS_MAX, Products
+from app.products.client import ITEM_BYTES_MAX, ProductsClient
 from app.telemetry.metrics import Metrics
 
 pytestmark = pytest.mark.alone
@@ -52,14 +53,17 @@ class Items(SocketServer):
 
 
 @asynccontextmanager
-async def opened(url: str, cache_seconds: float = 30, **limits: Any) -> AsyncIterator[Products]:
+async def opened(
+    url: str, cache_seconds: float = 30, *, items_max: int = ITEMS_MAX, **limits: Any
+) -> AsyncIterator[Products]:
     """Open a client of the products service that caches failures for 0.2 s instead of 1 s."""
     times = {"timeout_seconds": 1.0, "failure_seconds": 0.2}
     client = http_client(
         "PRODUCTS_SERVICE_URL", url, timeout_seconds=2, response_bytes_max=ITEM_BYTES_MAX
     )
     async with client:
-        products = Products(client, Metrics(), cache_seconds, **(times | limits))
+        products_client = ProductsClient(client, Metrics(), **(times | limits))
+        products = Products(products_client, cache_seconds, items_max=items_max)
         yield products
         await products.close()
 

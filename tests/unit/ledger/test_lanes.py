@@ -15,7 +15,7 @@ from app.http_client.retry_after import Pause
 from app.ledger.client import Ledger
 from app.ledger.group_commit import LANES, GroupCommit
 from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, write_debit
-from app.ledger.waiting import Waiting
+from app.ledger.waiting import WaitingDebit
 from app.telemetry.metrics import Metrics
 
 ITEM = uuid4()
@@ -143,6 +143,6 @@ def test_the_counted_size_of_a_debit_is_its_size_in_the_request(
     written = json.dumps(write_debit(sent), separators=(",", ":"))
 
     async def size() -> int:
-        return Waiting(sent, deadline=0, arrived=0).size_bytes
+        return WaitingDebit(sent, deadline=0, arrived=0).size_bytes
 
     assert asyncio.run(size()) == len(written) + len(",")

@@ -9,27 +9,35 @@ from app.errors import InvalidRequest
 from app.telemetry.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-# The codes of requests without an outcome: the client hung up, or the service stopped first.
-CLIENT_CLOSED_REQUEST = "caller_left"
-CUT_OFF = "cut_off"
 
 
 @dataclass(slots=True)
 class RequestRecord:
     """One request. Routes, problems and the middleware fill it in; it is counted and logged once.
 
-    `operation` is what is counted by its outcome, such as `debit`. `amount` is what was charged,
-    in minor units. `status` is 0 until the response starts.
+    `status` is 0 until the response starts. `code` is what the log says of the request. `operation`
+    is counted by its `outcome`, which stays None if there is none, for example because the client
+    closed the connection before its request was complete. `amount` is what was charged, in minor
+    units.
     """
 
     request_id: str
+    method: str
     traceparent: str | None = None
-    operation: str | None = None
     route: str = "unmatched"
     status: int = 0
     code: str | None = None
+    operation: str | None = None
+    outcome: str | None = None
     replayed: bool = False
     amount: int = 0
+
+    def settle(self, outcome: str, *, replayed: bool = False, amount: int = 0) -> None:
+        """Take the outcome of the operation."""
+        self.code = outcome
+        self.outcome = outcome
+        self.replayed = replayed
+        self.amount = amount
 
     @property
     def trace_id(self) -> str | None:
@@ -48,14 +56,14 @@ class RequestRecorder:
         # Bound once: binding it for each line would cost more than the line.
         self._log = structlog.get_logger().bind()
 
-    def record(self, record: RequestRecord, method: str, seconds: float) -> None:
+    def write(self, record: RequestRecord, seconds: float) -> None:
         """Count and log a request that took so many seconds."""
-        method = method if method in METHODS else "other"
+        method = record.method if record.method in METHODS else "other"
         status = str(record.status)
         self._metrics.request_seconds.labels(method, record.route, status).observe(seconds)
         code = record.code or ("ok" if record.status < 400 else InvalidRequest.code)
-        if record.operation == "debit" and code not in (CLIENT_CLOSED_REQUEST, CUT_OFF):
-            self._metrics.count_debit(code, record.amount, replayed=record.replayed)
+        if record.operation == "debit" and record.outcome:
+            self._metrics.count_debit(record.outcome, record.amount, replayed=record.replayed)
         write = self._log.warning if record.status >= 500 else self._log.info
         write(
             "request",

@@ -1,9 +1,14 @@
-"""Work in the background of a block."""
+"""The event loop: its clock, and work in the background of a block."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
+
+
+def now() -> float:
+    """Return the time of the event loop's clock, in seconds; all deadlines are such times."""
+    return asyncio.get_running_loop().time()
 
 
 @asynccontextmanager

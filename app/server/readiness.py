@@ -17,7 +17,7 @@ DELAY_SECONDS_MAX = 5.0
 # Raises a PaymentError if a dependency has not responded as it should.
 Check = Callable[[], Awaitable[None]]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(__package__)
 
 
 class Readiness:
