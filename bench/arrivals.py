@@ -1,4 +1,4 @@
-"""Load at a fixed rate: debits arrive at their times, whatever became of the previous ones."""
+"""Load at a fixed rate: debits arrive independently of earlier responses."""
 
 import asyncio
 import random
@@ -10,12 +10,12 @@ from bench.stack import FIRST_USER, ITEMS, USERS, item_id
 
 CONNECTIONS_MAX = 128
 IN_FLIGHT_MAX = 1000  # a debit above this fails at once
-RESPONSE_SECONDS_MAX = 10.0  # longer than the service takes for any response
+RESPONSE_SECONDS_MAX = 10.0  # longer than any response of the service takes
 RANDOM = random.Random()  # noqa: S311 - it spreads load and protects nothing
 
 
 class Arrivals:
-    """Send debits of users spread out, as a Poisson process, for a number of seconds.
+    """Send debits of many users as a Poisson process for a number of seconds.
 
     The debits go to this machine only. A debit that finds no connection free waits, and its latency
     counts from its arrival.

@@ -17,7 +17,7 @@ LABELS = {
     PLAIN: "plain implementation",
     RPC: "the RPC directly",
 }
-PROFILES = {SPREAD_OUT: "spread-out", HOT_USER: "hot-user"}  # with their classes in the style
+PROFILES = {SPREAD_OUT: "spread-out", HOT_USER: "hot-user"}  # and their CSS classes
 
 WIDTH = 760
 HEIGHT = 330
@@ -27,7 +27,7 @@ RIGHT = 690
 BOTTOM = 280
 BAR_HEIGHT = 18
 
-# The background changes with the text, so that the chart is readable whatever is around it.
+# The background changes with the text, so that the chart is readable on any page.
 STYLE = """
 .background { fill: #ffffff } text { fill: #1f2328 } .axis { stroke: #59636e }
 .grid { stroke: #d1d9e0 } .spread-out { fill: #0969da } .hot-user { fill: #bc4c00 }

@@ -1,4 +1,4 @@
-"""What the commands of this package share: options, signals, messages and the exit status."""
+"""Options, signals, messages and exit status that the commands of this package share."""
 
 import argparse
 import os
@@ -53,7 +53,9 @@ def _stop(*_: object) -> None:
     """Leave every block of the program; a second signal does not interrupt the clean-up."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    os.write(sys.stderr.fileno(), b"\nbench: stopping ...\n")  # print() may be what was interrupted
+    os.write(
+        sys.stderr.fileno(), b"\nbench: stopping ...\n"
+    )  # the signal may have interrupted print()
     raise KeyboardInterrupt
 
 

@@ -1,7 +1,7 @@
 """Debits through the functions of the database, called as PostgREST calls them.
 
-A call is a transaction of three parts: begin, the settings of the request, one statement that reads
-the arguments from JSON. Both statements are prepared.
+A call is a transaction of three parts: begin, the settings of the request, and a statement that
+reads the arguments from JSON. Both statements are prepared.
 """
 
 import json
@@ -39,7 +39,7 @@ from
   json_to_record(%s::json) as body ({columns}),
   lateral public.{function}({arguments}) as result
 """
-# Types of the parameters that the service passes, where a revision's `debit_use` has them.
+# Types of the parameters that the service passes, if `debit_use` of the revision has them.
 TYPES = {
     "user_id_input": "bigint",
     "item_input": "uuid",

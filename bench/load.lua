@@ -1,7 +1,10 @@
--- Requests that wrk sends; PROFILE and TARGET are in the environment. Writes the result as JSON.
+-- Requests of wrk; PROFILE and TARGET are environment variables. Prints the result as JSON.
 
-local profile, target = os.getenv("PROFILE"), os.getenv("TARGET")
-local users, items, keys = 5000, 20, 2000
+local profile = os.getenv("PROFILE")
+local target = os.getenv("TARGET")
+local users = 5000
+local items = 20
+local keys = 2000
 local first_user = tonumber(os.getenv("FIRST_USER"))
 local threads = 0
 
@@ -34,7 +37,8 @@ function request()
   local item = profile == "one hot item" and 0 or math.random(0, items - 1)
   if profile == "replays" then
     local key = math.random(0, keys - 1)
-    user, item = first_user + key % users, key % items
+    user = first_user + key % users
+    item = key % items
     wrk.headers["Idempotency-Key"] = "replayed-" .. key
   end
   local item_id = string.format("00000000-0000-4000-8000-%012d", item)

@@ -1,4 +1,4 @@
-"""One measurement after the other on a stack, each checked against the ledger."""
+"""Sequential measurements on a stack, each compared with the ledger."""
 
 import tempfile
 import time
@@ -43,7 +43,7 @@ class Result:
 
 
 class Bench:
-    """Results of a run on one stack, and where the ledger disagrees with them."""
+    """Measurements on a stack, with their results and the faults of the ledger."""
 
     def __init__(self, seconds: int, stack: Stack) -> None:
         self.seconds = seconds

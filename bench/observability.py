@@ -23,13 +23,13 @@ ROUNDS = 5
 KEY_ID = "bench"
 PUBLISHED_KEYS = os.environ.get("PUBLISHED_KEYS", "").encode()  # set for the process of `sink`
 CONNECTIONS = 128
-AS_FAST_AS_SILENT_MIN = 0.9  # times, with any of them
+RATIO_TO_SILENT_MIN = 0.9  # times, with any of them
 
 UNOBSERVED = Program(("bench.unobserved", *SERVICE.arguments[1:]), SERVICE.ready_path)
 
 
 async def sink(scope: Scope, receive: Receive, send: Send) -> None:
-    """Discard spans, as a collector; return the published keys, as an issuer."""
+    """Respond as a collector, which discards spans, and as an issuer, which publishes keys."""
     if scope["type"] == "http":
         while (await receive()).get("more_body"):
             pass
@@ -75,10 +75,10 @@ class Variant:
 
 
 def measure_observability(bench: Bench) -> list[Cost]:
-    """Measure the variants in turns; return how each compares with the one without."""
+    """Measure the variants in turns; return the cost of each, relative to the first."""
     [sink_port] = free_ports(1)
     sink_url = f"http://127.0.0.1:{sink_port}"
-    keys, token = make_issuer()
+    keys, token = create_issuer()
     variants = [
         Variant("no metrics, no log", UNOBSERVED, LOG_LEVEL="WARNING"),
         Variant("metrics", LOG_LEVEL="WARNING"),
@@ -106,8 +106,8 @@ def measure_observability(bench: Bench) -> list[Cost]:
     ]
 
 
-def make_issuer() -> tuple[str, str]:
-    """Make a key; return what its issuer publishes, and a token that is valid for a day."""
+def create_issuer() -> tuple[str, str]:
+    """Create a key; return its JWK set, and a token that is valid for a day."""
     key = rsa.generate_private_key(65537, 2048)
     published = RSAAlgorithm.to_jwk(key.public_key(), as_dict=True) | {"kid": KEY_ID}
     claims = {"exp": int(time.time()) + 86_400, "scope": "payments"}

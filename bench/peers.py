@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bench.measurement import HEADER, PGBENCH_CONNECTIONS, Bench, Result
-from bench.observability import AS_FAST_AS_SILENT_MIN, Cost, measure_observability
+from bench.observability import RATIO_TO_SILENT_MIN, Cost, measure_observability
 from bench.processes import run_program
 from bench.ratios import divide
 from bench.stack import SERVICE, Program, Stack, running_server
@@ -115,7 +115,7 @@ class PeerComparison(Bench):
     def _print_costs(self) -> None:
         print("\nobservability, at 128 connections: ratio of debits/s, CPU per debit")
         for cost in self.costs:
-            is_met = cost.ratio >= AS_FAST_AS_SILENT_MIN
+            is_met = cost.ratio >= RATIO_TO_SILENT_MIN
             print(
                 f"{cost.name:26}{cost.ratio:8.2f}{cost.microseconds:8.0f} µs{self._verdict(is_met)}"
             )
@@ -132,7 +132,7 @@ class PeerComparison(Bench):
 
 
 def print_earlier(results: Sequence[Result], earlier: Sequence[Result]) -> None:
-    """Print each result as a multiple of the earlier one."""
+    """Print the ratio of each result to the earlier result."""
     kept = {(old.peer, old.profile, old.connections): old for old in earlier}
     print("\ntimes as fast as in the earlier run")
     for result in results:

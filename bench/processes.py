@@ -82,7 +82,7 @@ def await_port(port: int) -> None:
     """Wait until a process listens on a port of this machine.
 
     Raises:
-        BenchFailed: none listened in time.
+        BenchFailed: no process listened in time.
     """
     started = time.monotonic()
     while time.monotonic() < started + START_TIMEOUT_SECONDS:

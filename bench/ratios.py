@@ -42,7 +42,7 @@ class Comparison:
 def in_turns(subjects: Sequence[Subject], number: int) -> Sequence[Subject]:
     """Return the subjects in their order for even numbers, else in the reverse order.
 
-    So no subject is always measured after the same other one.
+    Thus, the order does not favor a subject.
     """
     return subjects[::-1] if number % 2 else subjects
 

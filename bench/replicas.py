@@ -1,6 +1,6 @@
 """Several processes of the service on one database: throughput, batches and CPU per debit.
 
-With --rate, one process at fixed rates: the cost of a debit in a process that is not full.
+With --rate, one process at fixed rates: the cost of a debit in a process below its capacity.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Totals:
 
 
 class Replicas(Bench):
-    """The same load over one process, then two, then three; or over one at fixed rates."""
+    """The same load on one, two and three processes, or fixed rates on one process."""
 
     def run(self) -> None:
         """Measure each number of processes."""

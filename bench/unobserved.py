@@ -1,4 +1,4 @@
-"""Run the service with metrics that count nothing, to measure what metrics cost.
+"""Run the service with metrics that do nothing, to measure the cost of metrics.
 
 It takes the arguments of `python -m app`.
 """
@@ -8,11 +8,11 @@ import runpy
 from prometheus_client import Counter, Gauge, Histogram
 
 
-def _nothing(*_: object) -> None:
+def _do_nothing(*_: object) -> None:
     pass
 
 
 if __name__ == "__main__":
     for kind, method in ((Counter, "inc"), (Gauge, "set"), (Histogram, "observe")):
-        setattr(kind, method, _nothing)
+        setattr(kind, method, _do_nothing)
     runpy.run_module("app", run_name="__main__", alter_sys=True)

@@ -1,4 +1,4 @@
-"""A checkout of a revision, for as long as it is measured."""
+"""A temporary checkout of a revision."""
 
 import subprocess
 from collections.abc import Iterator
@@ -35,11 +35,11 @@ def worktree(commit: str, repository: Path = ROOT) -> Iterator[Path]:
                 raise BenchFailed(f"git worktree failed: {added.stderr.strip()}")
             yield checkout
         finally:
-            # Given twice, --force also removes a checkout whose creation was interrupted.
+            # --force twice also removes a checkout whose creation was interrupted.
             _git(repository, "worktree", "remove", "--force", "--force", str(checkout))
 
 
 def _git(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # The hooks of the repository are for the checkouts of its developers.
+    # Do not run the hooks of the repository.
     command = ["git", "-C", str(repository), "-c", "core.hooksPath=/dev/null", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Load from wrk: what it sends is in load.lua."""
+"""Load from wrk, which runs load.lua."""
 
 import json
 import re
