@@ -206,6 +206,6 @@ def _handler_of(api: ApiServer) -> type[BaseHTTPRequestHandler]:
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = respond  # noqa: N815 - named by http.server
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-            """Log nothing."""
+            """Suppress the log."""
 
     return Handler

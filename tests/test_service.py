@@ -1,4 +1,4 @@
-"""Start here: each response of README's error table once, from the real service over HTTP.
+"""Start here: each code of README's error table once, from the real service over HTTP.
 
 Postgres, the gateway, the products service and the payment service are real (tests/conftest.py).
 A broken dependency is a real server that responds wrongly, or an address where nothing listens.
@@ -34,7 +34,7 @@ Response = httpx.Response
 
 @dataclass(frozen=True)
 class Parts:
-    """The running service, what starts another one, and a user with 5000 and a coffee at 350."""
+    """The service, a function that starts another service, a user with 5000, a coffee at 350."""
 
     service: httpx.Client
     start: Callable[..., httpx.Client]
@@ -101,7 +101,7 @@ def exchange(parts: Parts, sent: bytes) -> Response:
         return Response(received.status, headers=received.getheaders(), content=received.read())
 
 
-def run_into_a_bug(parts: Parts) -> Response:
+def trigger_a_bug(parts: Parts) -> Response:
     del parts
     service = create_app(make_settings())
     service.add_api_route("/bug", lambda: 1 // 0)
@@ -113,7 +113,7 @@ NOWHERE = "http://127.0.0.1:1"
 HALF_A_DEBIT = b"POST /payments/debit HTTP/1.1\r\nHost: x\r\nContent-Length: 80\r\n\r\n{"
 CASES: dict[str, Callable[[Parts], Response]] = {
     "invalid_request": lambda p: p.debit(user_id="Alice"),
-    "malformed_request": lambda p: exchange(p, b"no HTTP\r\n\r\n"),
+    "malformed_request": lambda p: exchange(p, b"not HTTP\r\n\r\n"),
     "headers_too_large": lambda p: p.service.get("/health", headers={"X-Long": "x" * 70_000}),
     "request_timeout": lambda p: exchange(p, HALF_A_DEBIT),  # after 10 s
     "unsupported_encoding": lambda p: p.service.post(
@@ -135,7 +135,7 @@ CASES: dict[str, Callable[[Parts], Response]] = {
     "overloaded": debit_while_another_waits,
     "outcome_unknown": lose_the_response_of_the_ledger,
     "ledger_rejected": lambda p: p.debit(p.start(supabase_key=KEY_OF_ANOTHER_ROLE)),
-    "internal_error": run_into_a_bug,
+    "internal_error": trigger_a_bug,
     "payment_not_found": lambda p: look_up(p.service, None),
     "not_found": lambda p: p.service.get("/payment/debit"),
     "method_not_allowed": lambda p: p.service.get("/payments/debit"),

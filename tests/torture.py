@@ -344,7 +344,7 @@ class Torture:
             return fault
 
     def _resolve_unknown_outcomes(self) -> None:
-        """Without faults, look up and retry the debits whose outcome is unknown."""
+        """Look up and retry the debits with an unknown outcome, without faults."""
         self._faults_on = False
         await_ready(self.service.url)
         unresolved = [purchase for purchase in self.purchases if purchase.is_unresolved]

@@ -28,7 +28,7 @@ OF_RESPONSES = (
         "        problem = InsufficientFunds(",
     ),
     (
-        "an inactive user has the status of an unknown one",
+        "an inactive user has the status of an unknown user",
         "errors.py",
         '    status = 403\n    code = "user_inactive"\n',
         '    status = 404\n    code = "user_inactive"\n',

@@ -57,7 +57,10 @@ def test_concurrent_debits_leave_a_consistent_history(
 def assert_history_is_consistent(
     database: Database, user_id: int, opening: int, of_user: list[tuple[DebitPlan, httpx.Response]]
 ) -> None:
-    """Balances only decrease here, so insufficient funds still hold at the end."""
+    """Assert that the entries of a user are consistent with the responses.
+
+    Balances only decrease here, so a declined debit would also be declined at the end.
+    """
     assert {response.status_code for _, response in of_user} <= {200, 402, 422}
     charged = {
         response.json()["transaction_id"]: response.json()

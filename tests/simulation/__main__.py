@@ -39,7 +39,7 @@ def _read_arguments() -> argparse.Namespace:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=1.0, help="how long (%(default)s)")
     length.add_argument("--seeds", type=int, help="how many schedules, instead of minutes")
-    length.add_argument("--seed", type=int, help="run this one and print its trace")
+    length.add_argument("--seed", type=int, help="run this schedule and print its trace")
     parser.add_argument("--first", type=int, help="the first seed (random)")
     parser.add_argument("--keep-going", action="store_true", help="count violations to the end")
     parser.add_argument(

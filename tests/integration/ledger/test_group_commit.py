@@ -366,7 +366,8 @@ def test_a_locked_item_delays_only_its_own_debits(
 ) -> None:
     held = database.add_item()
     free = database.add_item()
-    buyers, users = ([database.add_user() for _ in range(24)] for _ in range(2))
+    buyers = [database.add_user() for _ in range(24)]
+    users = [database.add_user() for _ in range(24)]
     service = start_service()
     with ThreadPoolExecutor(24) as clients:
         with psycopg.connect(database_url(migrated_port)) as blocker:
