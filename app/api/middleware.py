@@ -20,10 +20,8 @@ from app.telemetry.request_record import (
 from app.telemetry.tracing import read_traceparent
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-RESPONSE_HEADERS = (
-    (b"cache-control", b"no-store"),
-    (b"x-content-type-options", b"nosniff"),
-)
+NO_STORE = (b"cache-control", b"no-store")
+NO_SNIFF = (b"x-content-type-options", b"nosniff")
 QUERY_BYTES_MAX = 2 * 1024  # a key of 255 characters takes 765 when it is percent-encoded
 PARAMETERS_MAX = 20
 # How the log names requests whose client closed the connection (the status is nginx's), and those
@@ -37,7 +35,7 @@ logger = logging.getLogger(__package__)
 
 
 class RequestMiddleware:
-    """Gives each request its id and its record, responds if nothing else does, and records it."""
+    """Creates the record of a request, responds to unhandled exceptions, and writes the record."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -110,11 +108,11 @@ def _with_headers(send: Send, record: RequestRecord, services: Services | None) 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             record.status = message["status"]
-            headers = message["headers"]
+            headers = [*message["headers"], NO_SNIFF]
             if not any(name == b"cache-control" for name, _ in headers):
-                headers = [*headers, *RESPONSE_HEADERS]
+                headers.append(NO_STORE)
             if services and services.readiness.status == "stopping":
-                headers = [*headers, (b"connection", b"close")]
+                headers.append((b"connection", b"close"))
             message["headers"] = [*headers, request_id]
         await send(message)
 

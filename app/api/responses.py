@@ -1,4 +1,4 @@
-"""How routes respond."""
+"""Responses, and the route class for endpoints that read the request themselves."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -7,9 +7,6 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
-
-from app.api.schemas import Payment
-from app.ledger.outcomes import Debited
 
 
 class DirectRoute(APIRoute):
@@ -21,15 +18,6 @@ class DirectRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
         return endpoint
-
-
-PAYMENT_FIELDS = set(Payment.model_fields)
-
-
-def payment_response(debited: Debited, headers: dict[str, str] | None = None) -> Response:
-    """Return a response with the members of `Payment`, which `Debited` has validated already."""
-    body = debited.model_dump_json(include=PAYMENT_FIELDS)
-    return Response(body, headers=headers, media_type="application/json")
 
 
 def json_response(
