@@ -165,8 +165,7 @@ declare
   repeated_outcomes jsonb[];
   outcomes jsonb[];
 begin
-  -- 1. Read. With "limit 1", each subquery is an index look-up, whatever the planner knows about the
-  -- tables.
+  -- 1. Read. With "limit 1", the joined subqueries stay look-ups in an index.
   for debit in
     select
       request.*,
@@ -177,15 +176,17 @@ begin
       item.id as locked_item,
       item.active as item_is_active,
       item.price,
-      (
-        select true from public."Transaction_History" as payment
-        where payment.user_id = request.user_id
-          and payment.idempotency_key = request.idempotency_key
-        union all
-        select true from ledger.declines as decline
-        where decline.user_id = request.user_id
-          and decline.idempotency_key = request.idempotency_key
-        limit 1
+      coalesce(
+        (
+          select true from public."Transaction_History" as payment
+          where payment.user_id = request.user_id
+            and payment.idempotency_key = request.idempotency_key
+        ),
+        (
+          select true from ledger.declines as decline
+          where decline.user_id = request.user_id
+            and decline.idempotency_key = request.idempotency_key
+        )
       ) as key_is_known
     from unnest(debits) with ordinality as request (
       place, user_id, item_id, idempotency_key, expected_price, attempt, actor, user_is_locked,
