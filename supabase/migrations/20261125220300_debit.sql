@@ -139,6 +139,10 @@ $$;
 -- users of debits with user_is_locked, and nobody can remove the items in locked_items. A debit
 -- whose user or item exists but is not locked is busy. The result has each outcome at the place of
 -- its debit.
+--
+-- PostgreSQL initialises each expression once per transaction. With three or four more expressions
+-- here or in the triggers, the memory of a single debit passes 128 KiB, the allocator of glibc
+-- returns it to the system after each call, and the call costs 10 % more (measured: page faults).
 create or replace function ledger.charge(
   debits ledger.debit[], locked_items uuid[]
 ) returns jsonb[]

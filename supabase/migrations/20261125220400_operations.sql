@@ -236,8 +236,8 @@ as $$
       )
   ),
 
-  -- What reads or writes the tables of the ledger, directly or through others: views and rules by
-  -- their dependencies, functions by the names in their source, tables by their triggers.
+  -- Objects that read or write the tables of the ledger, directly or through others: views and rules
+  -- by dependencies, functions by the names in their source, tables by their triggers.
   reach (class, oid, name) as (
     select 'pg_class'::regclass::oid, tables.oid, tables.name from tables
     union
@@ -268,7 +268,7 @@ as $$
     ) as next
   ),
 
-  -- Who can use it: 'anon and authenticated', or null.
+  -- The API roles that can use an object, such as 'anon and authenticated'.
   exposed (class, oid, roles) as (
     select reach.class, reach.oid, string_agg(role.rolname, ' and ' order by role.rolname)
     from reach
