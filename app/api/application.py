@@ -48,7 +48,7 @@ def create_api(lifespan: Lifespan) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     # The last one that is added is the first to get a request.
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(RequestMiddleware, routes=app.routes)
     app.add_middleware(RequestSpans)
     app.add_middleware(StartupMessage)
     app.add_exception_handler(PaymentError, respond_to_payment_error)

@@ -8,15 +8,18 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
 
 class DirectRoute(APIRoute):
     """A route whose endpoint reads the request itself; FastAPI documents it like any other.
 
-    FastAPI's own way from a request to such an endpoint costs one debit in twenty.
+    The middleware calls the endpoint without routing if the path is the route's own, which has no
+    parameters.
     """
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+    def get_route_handler(self) -> Endpoint:
+        endpoint: Endpoint = self.endpoint
         return endpoint
 
 
