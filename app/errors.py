@@ -73,7 +73,7 @@ class InvalidRequest(PaymentError):
     example_detail = "The body is not as documented"
     title = "Invalid request"
     meaning = "The body, path, query or a header is not as documented; errors names each fault."
-    advice = "Correct the request; sending it again unchanged gives the same answer."
+    advice = "Correct the request; the same request gets the same response."
 
 
 class RequestTooLarge(PaymentError):
@@ -137,7 +137,7 @@ class Forbidden(PaymentError):
     code = "forbidden"
     title = "The token does not allow this"
     meaning = "The token is valid, but lacks the role, or the products service refuses it."
-    advice = "Ask whoever administers the issuer for the role that payments need."
+    advice = "Ask the administrator of the issuer for the role that payments need."
 
 
 class AuthenticationUnavailable(PaymentError):
@@ -170,7 +170,7 @@ class UserInactive(PaymentError):
     code = "user_inactive"
     title = "User is not active"
     meaning = "The user is deactivated and cannot pay."
-    advice = "Send the user to whoever administers the cards."
+    advice = "Send the user to the administrator of the cards."
 
 
 class ItemNotFound(PaymentError):
@@ -242,7 +242,9 @@ class OutcomeUnknown(PaymentError):
     extension = KeyToAskWith
     money_moved = "unknown"
     title = "Whether the user was charged is not known"
-    meaning = "The debit was sent to the database, no answer came, and asking again did not help."
+    meaning = (
+        "The debit was sent to the database, no response arrived, and retries did not settle it."
+    )
     advice = (
         "Ask GET /payments/outcome, or send the same debit again, with the idempotency_key of this "
         "problem; a debit under another key could charge a second time."

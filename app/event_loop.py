@@ -12,7 +12,7 @@ def now() -> float:
 
 
 @asynccontextmanager
-async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def background_task(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run something until the block ends, which cancels it."""
     task = asyncio.create_task(work)
     try:

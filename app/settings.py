@@ -43,7 +43,7 @@ logger = logging.getLogger(__package__)
 
 
 class Settings(BaseSettings):
-    """What the service is told by its environment or by a file `.env` beside it."""
+    """Settings from the environment or from `.env`."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
@@ -110,7 +110,11 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _keys_come_encrypted(self) -> Self:
         # Whoever changes the keys on their way can sign tokens that are accepted here.
-        if self.auth_jwks_url and not self.auth_plain_http_allowed and _is_open(self.auth_jwks_url):
+        if (
+            self.auth_jwks_url
+            and not self.auth_plain_http_allowed
+            and _is_unencrypted(self.auth_jwks_url)
+        ):
             raise ValueError(
                 "AUTH_JWKS_URL should begin with https://; AUTH_PLAIN_HTTP_ALLOWED=true allows "
                 "http:// in a network that you trust"
@@ -164,27 +168,26 @@ def warn_of_unknown_names() -> None:
 
 def warn_of_risks(settings: Settings) -> None:
     """Log which settings let others charge users, or read the key on its way."""
-    if _is_open(settings.supabase_url):
+    if _is_unencrypted(settings.supabase_url):
         logger.warning("SUPABASE_URL begins with http://: the key is sent without encryption")
     if settings.auth_jwks_url is None:
         logger.warning(
-            "authentication is off: whoever reaches this service may charge anybody; "
-            "AUTH_JWKS_URL turns it on"
+            "authentication is off: every caller can charge every user; AUTH_JWKS_URL turns it on"
         )
         return
     if settings.auth_required_role is None:
         logger.warning(
-            "AUTH_REQUIRED_ROLE is not set: whoever has a token of the issuer may charge anybody"
+            "AUTH_REQUIRED_ROLE is not set: every token of the issuer can charge every user"
         )
     if settings.auth_audience is None:
         logger.warning(
-            "AUTH_AUDIENCE is not set: whoever has a token that was made for another service may "
-            "charge anybody"
+            "AUTH_AUDIENCE is not set: a token that was issued for another service can charge "
+            "every user"
         )
     if settings.products_service_token is None:
         logger.warning(
-            "callers' tokens are passed on to the products service, which may charge anybody with "
-            "them; PRODUCTS_SERVICE_TOKEN keeps them here"
+            "callers' tokens are passed on to the products service, which can charge every user "
+            "with them; PRODUCTS_SERVICE_TOKEN keeps them here"
         )
 
 
@@ -235,7 +238,7 @@ def _messages(error: ValidationError, values: dict[str, str]) -> list[str]:
     return messages
 
 
-def _is_open(address: str) -> bool:
+def _is_unencrypted(address: str) -> bool:
     """Tell whether what is sent to an address can be read on its way."""
     parts = urlsplit(address)
     return parts.scheme == "http" and not is_loopback(parts.hostname or "")

@@ -18,6 +18,7 @@ from app.api.problems import (
     respond_to_invalid_parameters,
     respond_to_payment_error,
 )
+from app.api.state import LifespanState
 from app.errors import PaymentError
 from app.server.startup import StartupMessage
 from app.telemetry.tracing import RequestSpans
@@ -27,7 +28,7 @@ Charges a student's prepaid balance for an item. All money is integers in minor 
 Refusals and failures are problems (RFC 9457): decide on `code`, which `/problems` explains.
 """
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[dict[str, object]]]
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[LifespanState]]
 
 
 def create_api(lifespan: Lifespan) -> FastAPI:
@@ -47,7 +48,7 @@ def create_api(lifespan: Lifespan) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     # The last one that is added is the first to get a request.
-    app.add_middleware(RequestMiddleware)
+    app.add_middleware(RequestMiddleware, routes=app.routes)
     app.add_middleware(RequestSpans)
     app.add_middleware(StartupMessage)
     app.add_exception_handler(PaymentError, respond_to_payment_error)

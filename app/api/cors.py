@@ -12,7 +12,7 @@ REQUEST_HEADERS = (
     "X-Request-ID",
     "traceparent",
 )
-RESPONSE_HEADERS = ("Idempotent-Replayed", "Retry-After", "X-Request-ID")
+EXPOSED_HEADERS = ("Idempotent-Replayed", "Retry-After", "X-Request-ID")
 
 
 class AllowOrigins:
@@ -36,6 +36,6 @@ class AllowOrigins:
                 allow_origins=services.allowed_origins,
                 allow_methods=("GET", "HEAD", "POST"),
                 allow_headers=REQUEST_HEADERS,
-                expose_headers=RESPONSE_HEADERS,
+                expose_headers=EXPOSED_HEADERS,
             )
         await self._cors(scope, receive, send)

@@ -12,7 +12,7 @@ ASSETS_PATH = "/docs/assets"
 OWN_FILES = Path(__file__).parent / "static"
 
 # no-cache: kept by the browser, and used once the ETag has proved that it is still what is served.
-FILE_HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
+FILE_HEADERS = {"Cache-Control": "no-cache"}
 
 # The two style elements that ReDoc's script opens: one that is empty and filled rule by rule, and
 # the rules of its scroll bars, which are these and no others.

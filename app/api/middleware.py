@@ -4,15 +4,18 @@ import asyncio
 import logging
 import random
 import re
+from collections.abc import Sequence
 from time import perf_counter
 
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.cors import AllowOrigins
-from app.api.problems import problem_response
+from app.api.problems import problem_response, respond_to_payment_error
+from app.api.responses import DirectRoute, Endpoint
 from app.api.state import Services, state_of
-from app.errors import InternalError, InvalidRequest
+from app.errors import InternalError, InvalidRequest, PaymentError
 from app.telemetry.request_record import (
     RequestRecord,
     request_now,
@@ -20,10 +23,8 @@ from app.telemetry.request_record import (
 from app.telemetry.tracing import read_traceparent
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-RESPONSE_HEADERS = (
-    (b"cache-control", b"no-store"),
-    (b"x-content-type-options", b"nosniff"),
-)
+NO_STORE = (b"cache-control", b"no-store")
+NO_SNIFF = (b"x-content-type-options", b"nosniff")
 QUERY_BYTES_MAX = 2 * 1024  # a key of 255 characters takes 765 when it is percent-encoded
 PARAMETERS_MAX = 20
 # How the log names requests whose client closed the connection (the status is nginx's), and those
@@ -37,10 +38,17 @@ logger = logging.getLogger(__package__)
 
 
 class RequestMiddleware:
-    """Gives each request its id and its record, responds if nothing else does, and records it."""
+    """Creates the record of a request, responds to unhandled exceptions, and writes the record."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
         self._app = app
+        self._routes = routes
+        self._direct_endpoints = {
+            (method, route.path): route.endpoint
+            for route in routes
+            if isinstance(route, DirectRoute)
+            for method in route.methods or ()
+        }
         # Outside of the responses that are made here, so that browsers show these too.
         self._respond_to_origins = AllowOrigins(self._respond)
 
@@ -67,7 +75,7 @@ class RequestMiddleware:
             if not record.status:
                 response = problem_response(InternalError(CUT_OFF_DETAIL), record.request_id)
                 await response(scope, receive, send)
-        record.route = _route_of(scope)
+        record.route = self._route_of(scope)
         if services:
             services.recorder.write(record, perf_counter() - started)
 
@@ -77,9 +85,13 @@ class RequestMiddleware:
         try:
             # The server could not read the request, or reading its query would take long.
             refusal = state.get("refusal") or _find_fault_of_query(scope["query_string"])
+            endpoint = self._direct_endpoints.get((scope["method"], scope["path"]))
             if refusal:
                 record.code = refusal.code
                 await problem_response(refusal, record.request_id)(scope, receive, send)
+            elif endpoint:
+                scope["endpoint"] = endpoint
+                await _respond_directly(endpoint, scope, receive, send)
             else:
                 await self._app(scope, receive, send)
         except ClientDisconnect:
@@ -91,16 +103,29 @@ class RequestMiddleware:
                 response = problem_response(InternalError(), record.request_id)
                 await response(scope, receive, send)
 
+    def _route_of(self, scope: Scope) -> str:
+        """Return the template of the matched route: sent paths are unbounded and no labels."""
+        endpoint = scope.get("endpoint")
+        if endpoint is not None:
+            for route in self._routes:
+                # A mount has an application in place of an endpoint.
+                if endpoint in (getattr(route, "endpoint", None), getattr(route, "app", None)):
+                    return str(getattr(route, "path", "unmatched"))
+        return "unmatched"
 
-def _route_of(scope: Scope) -> str:
-    """Return the template of the matched route: sent paths are unbounded and no labels."""
-    endpoint = scope.get("endpoint")
-    if endpoint is not None:
-        for route in scope["app"].routes:
-            # A mount has an application in place of an endpoint.
-            if endpoint in (getattr(route, "endpoint", None), getattr(route, "app", None)):
-                return str(route.path)
-    return "unmatched"
+
+async def _respond_directly(endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+    """Call the endpoint of a direct route, as FastAPI would do it.
+
+    Between the middleware and the endpoint, the layers of FastAPI and Starlette take 30 µs of the
+    processor time of a debit, which is about 150 µs without the calls of the dependencies.
+    """
+    request = Request(scope, receive, send)
+    try:
+        response = await endpoint(request)
+    except PaymentError as problem:
+        response = await respond_to_payment_error(request, problem)
+    await response(scope, receive, send)
 
 
 def _with_headers(send: Send, record: RequestRecord, services: Services | None) -> Send:
@@ -110,11 +135,11 @@ def _with_headers(send: Send, record: RequestRecord, services: Services | None) 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             record.status = message["status"]
-            headers = message["headers"]
+            headers = [*message["headers"], NO_SNIFF]
             if not any(name == b"cache-control" for name, _ in headers):
-                headers = [*headers, *RESPONSE_HEADERS]
+                headers.append(NO_STORE)
             if services and services.readiness.status == "stopping":
-                headers = [*headers, (b"connection", b"close")]
+                headers.append((b"connection", b"close"))
             message["headers"] = [*headers, request_id]
         await send(message)
 

@@ -33,13 +33,7 @@ async def get_ready(request: Request) -> Response:
     status = services.readiness.status
     if status != "ready":
         state["record"].code = status
-    dependencies = {
-        "ledger": services.ledger.last_state,
-        "products": services.products.last_state,
-    }
-    if services.authentication:
-        dependencies["issuer"] = services.authentication.keys.last_state
-    body = Readiness(status=status, dependencies=dependencies)
+    body = Readiness(status=status, dependencies=services.readiness.states())
     return json_response(body, status_code=200 if status == "ready" else 503)
 
 

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from app import errors
 from app.api.openapi import Models, json_content, problem_responses
 from app.api.problems import REPLAYED
-from app.api.requests import authenticate, read_debit, read_key, read_outcome_key
-from app.api.responses import DirectRoute, json_response, payment_response
+from app.api.requests import authenticate, read_body, read_key, read_outcome_key
+from app.api.responses import DirectRoute, json_response
 from app.api.schemas import (
     KEY_PATTERN,
     DebitRequest,
@@ -20,7 +20,7 @@ from app.api.schemas import (
     UserId,
 )
 from app.api.state import state_of
-from app.ledger.outcomes import OUTCOME_ERRORS, Debited
+from app.ledger.outcomes import DEBIT_DECLINES, Debit, Debited
 from app.telemetry.metrics import Metrics
 
 TOKEN_PROBLEMS = (
@@ -34,7 +34,7 @@ DEBIT_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
     errors.RequestTimeout,
     errors.UnsupportedEncoding,
     *TOKEN_PROBLEMS,
-    *OUTCOME_ERRORS.values(),
+    *DEBIT_DECLINES,
     errors.ProductsUnavailable,
     errors.LedgerUnavailable,
     errors.Overloaded,
@@ -61,12 +61,12 @@ KEY_HEADER = {
     "name": "Idempotency-Key",
     "in": "header",
     "description": "1 to 255 visible ASCII characters, bare or in double quotes; one for each "
-    "debit, kept for its retries. Without it a retry after a lost answer may charge again.",
+    "debit, kept for its retries. Without it, a retry after a lost response may charge again.",
     "schema": {"type": "string", "pattern": KEY_PATTERN},
 }
 OUTCOME_KEY_HEADER = KEY_HEADER | {"description": "The key of the debit; here or in the query."}
 REPLAYED_HEADER = {
-    "description": "true when this is the answer of an earlier request with the same key.",
+    "description": "true if this is the response to an earlier request with the same key.",
     "schema": {"type": "string", "enum": ["true"]},
 }
 
@@ -74,23 +74,23 @@ REPLAYED_HEADER = {
 async def post_debit(request: Request) -> Response:
     """Charge the user the item's price, once for each `Idempotency-Key`.
 
-    Send the same key again after a lost answer: the user is not charged twice, and the first
-    answer comes again. The item must be for sale by the products service and by the ledger. The
-    price charged is the ledger's at that moment; `expected_price` makes the debit fail rather than
-    charge another.
+    A retry with the same key does not charge the user twice; it returns the first response. The
+    item must be for sale according to the products service and the ledger. The price charged is
+    the ledger's at that moment; with `expected_price` the debit fails if the price is another.
     """
     state = state_of(request.scope)
     record = state["record"]
     record.operation = "debit"
     services = state["services"]
-    debit = await read_debit(request)
+    body = await read_body(request, DebitRequest)
+    debit = Debit(body.user_id, body.item_id, body.expected_price)
     key = read_key(request)
     deadline = services.debits.new_deadline()
     caller = await authenticate(request, services.authentication, deadline)
     debited = await services.debits.debit_user_for_item(debit, key, deadline, caller)
     record.settle(debited.outcome, replayed=debited.replayed, amount=debited.amount)
     headers = REPLAYED if debited.replayed else None
-    return payment_response(debited, headers)
+    return json_response(Payment.model_validate(debited), headers=headers)
 
 
 async def get_outcome(
@@ -98,9 +98,9 @@ async def get_outcome(
     user_id: Annotated[UserId, Query()],
     idempotency_key: Annotated[IdempotencyKey | None, Query()] = None,
 ) -> Response:
-    """Was this user charged? For a caller who has lost the answer; reads only.
+    """Return the outcome stored for an idempotency key. Read-only.
 
-    Answers what the debit under this key answered: the payment, or the code of its decline. The key
+    Returns the payment, or the code of the decline. The key
     is in the header `Idempotency-Key` or in the query; only a query ends up in logs of proxies.
     """
     services = state_of(request.scope)["services"]
@@ -111,7 +111,7 @@ async def get_outcome(
     if outcome is None:
         raise errors.PaymentNotFound
     if isinstance(outcome, Debited):
-        return payment_response(outcome)
+        return json_response(Payment.model_validate(outcome))
     return json_response(DeclinedPayment(outcome=outcome.outcome))
 
 
@@ -141,7 +141,7 @@ def add_payment_routes(app: FastAPI) -> None:
     app.add_api_route(
         OUTCOME_PATH,
         get_outcome,
-        summary="Ask what became of a debit",
+        summary="Look up the outcome of a debit",
         response_description="The user was charged, or the debit was declined.",
         response_model=None,
         responses={
@@ -156,7 +156,7 @@ def announce_outcomes(metrics: Metrics) -> None:
     """Show how these routes can respond from the start."""
     metrics.announce_debits(
         ["debited", *(problem.code for problem in DEBIT_PROBLEMS)],
-        ["debited", *OUTCOME_ERRORS],
+        ["debited", *(problem.code for problem in DEBIT_DECLINES)],
     )
     for method, path, problems in (
         ("POST", DEBIT_PATH, DEBIT_PROBLEMS),

@@ -1,19 +1,21 @@
-"""What is read from a request for a payment: who sends it, its body, its key."""
+"""Read the token, the body and the idempotency key of a request."""
 
 import asyncio
 import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from app import errors
 from app.api.problems import ERRORS_MAX
-from app.api.schemas import KEY_PATTERN, DebitRequest
+from app.api.schemas import KEY_PATTERN
 from app.auth.authentication import Authentication, Caller
-from app.ledger.outcomes import Debit
+
+Body = TypeVar("Body", bound=BaseModel)
 
 BODY_BYTES_MAX = 16 * 1024
 BODY_SECONDS_MAX = 10.0
@@ -35,15 +37,15 @@ POINTER_LENGTH_MAX = 100
 
 async def authenticate(
     request: Request, authentication: Authentication | None, deadline: float
-) -> Caller | None:
-    """Check the caller's token, and return whose it is; None if no token is required.
+) -> Caller:
+    """Check the caller's token, if one is required, and return the caller.
 
     Raises:
         Unauthenticated, Forbidden: the caller may not do this.
         AuthenticationUnavailable: that cannot be told, or not before the deadline.
     """
     if authentication is None:
-        return None
+        return Caller()
     authorizations = request.headers.getlist("authorization")
     if len(authorizations) > 1:
         raise errors.Unauthenticated("There is more than one Authorization header: send one")
@@ -55,15 +57,32 @@ async def authenticate(
         raise errors.AuthenticationUnavailable from error
 
 
-async def read_debit(request: Request) -> Debit:
-    """Read and check the body by hand: strict JSON, and never more of it than is allowed.
+async def read_body(request: Request, model: type[Body]) -> Body:
+    """Read the body as a model: strict JSON in UTF-8, and no more of it than is allowed.
 
     Raises:
         InvalidRequest: it is not as documented.
         RequestTooLarge, RequestTimeout: there is more of it, or it does not arrive.
         UnsupportedEncoding: it is compressed, or not in UTF-8.
     """
-    body = await _read_body(request)
+    body = await _receive_body(request)
+    _check_headers(request)
+    body_without_mark = body.removeprefix(BYTE_ORDER_MARK)
+    colons = body.count(b":")
+    if colons > FIELDS_MAX:
+        _refuse_too_many_fields(body_without_mark)
+    try:
+        read = model.model_validate_json(body_without_mark)
+    except ValidationError as error:
+        _refuse_encoding(body)
+        raise _invalid_body(error, body) from None
+    # Each member of an object has a colon, so as many colons as fields are no duplicates.
+    if colons > len(read.model_fields_set):
+        _refuse_duplicates(body_without_mark)
+    return read
+
+
+def _check_headers(request: Request) -> None:
     coding = request.headers.get("content-encoding", "").strip().lower()
     if coding not in ("", "identity"):
         raise _unsupported(f"compressed ({coding[:ENCODING_LENGTH_MAX]})")
@@ -73,20 +92,9 @@ async def read_debit(request: Request) -> Debit:
     charset = CHARSET.search(parameters)
     if charset and charset[1].lower() not in CHARSETS:
         raise _unsupported(f"in {charset[1][:ENCODING_LENGTH_MAX]}")
-    if body.count(b":") > FIELDS_MAX:
-        _refuse_too_many_fields(body.removeprefix(BYTE_ORDER_MARK))
-    try:
-        read = DebitRequest.model_validate_json(body.removeprefix(BYTE_ORDER_MARK))
-    except ValidationError as error:
-        _refuse_encoding(body)
-        raise _invalid_body(error, body) from None
-    # Each member of the object has a colon, so as many colons as fields are no duplicates.
-    if body.count(b":") > len(read.model_fields_set):
-        _refuse_duplicates(body.removeprefix(BYTE_ORDER_MARK))
-    return Debit(read.user_id, read.item_id, read.expected_price)
 
 
-async def _read_body(request: Request) -> bytes:
+async def _receive_body(request: Request) -> bytes:
     body = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS_MAX):
@@ -129,10 +137,15 @@ def _refuse_too_many_fields(body: bytes) -> None:
 
 
 def _refuse_duplicates(body: bytes) -> None:
-    names: list[str] = json.loads(body, object_pairs_hook=lambda members: [m[0] for m in members])
-    duplicates = sorted({name for name in names if names.count(name) > 1})
+    duplicates: set[str] = set()
+
+    def find_duplicates(members: list[tuple[str, object]]) -> None:
+        names = [name for name, _ in members]
+        duplicates.update(name for name in names if names.count(name) > 1)
+
+    json.loads(body, object_pairs_hook=find_duplicates)
     if duplicates:
-        raise _duplicate_names(duplicates)
+        raise _duplicate_names(sorted(duplicates))
 
 
 def read_key(request: Request) -> str | None:

@@ -1,4 +1,4 @@
-"""What the service takes and gives, as callers see it; all money is integers in minor units."""
+"""Schemas of requests and responses; all money is integers in minor units."""
 
 import re
 from typing import Annotated, Any
@@ -90,6 +90,7 @@ class Payment(BaseModel):
 
     model_config = ConfigDict(
         frozen=True,
+        from_attributes=True,
         json_schema_extra={
             "examples": [
                 {

@@ -38,10 +38,10 @@ REASONS: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
 
 
 class Caller(NamedTuple):
-    """Who sent a request: the token, and the name of its holder, if the token has one."""
+    """Who sent a request: the token, if one is required, and the name of its holder."""
 
-    token: str
-    actor: str | None
+    token: str | None = None
+    actor: str | None = None
 
 
 class Accepted(NamedTuple):

@@ -12,7 +12,7 @@ from cachetools import TTLCache
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from app.errors import AuthenticationUnavailable
-from app.event_loop import now, running
+from app.event_loop import background_task, now
 from app.http_client.availability import FAILURE_SECONDS, Availability
 from app.http_client.client import CALL_ERRORS, describe_failure, http_client
 from app.telemetry.metrics import Metrics
@@ -204,7 +204,7 @@ async def open_issuer_keys(url: str, metrics: Metrics) -> AsyncIterator[IssuerKe
     ) as client:
         keys = IssuerKeys(client, url, metrics)
         try:
-            async with running(keys.keep_fresh()):
+            async with background_task(keys.keep_fresh()):
                 yield keys
         finally:
             await keys.close()

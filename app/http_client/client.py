@@ -138,6 +138,22 @@ def _without_encoding(headers: httpx.Headers) -> list[tuple[bytes, bytes]]:
     return [(name, value) for name, value in headers.raw if name.lower() not in about_encoding]
 
 
+class DirectClient(httpx.AsyncClient):
+    """Sends a request once, without redirects, authentication flows and cookies.
+
+    No call needs them, and httpx takes 100 µs for them, of 900 µs of processor time that a call of
+    the ledger takes.
+    """
+
+    async def send(self, request: httpx.Request, **_: object) -> httpx.Response:
+        for hook in self.event_hooks["request"]:
+            await hook(request)
+        response = await self._transport.handle_async_request(request)
+        for hook in self.event_hooks["response"]:
+            await hook(response)
+        return response
+
+
 def http_client(
     setting: str,
     address: str,
@@ -165,7 +181,7 @@ def http_client(
         skip_auto_headers={"User-Agent"},
         proxy=proxy,
     )
-    return httpx.AsyncClient(
+    return DirectClient(
         transport=LimitedTransport(session, certificates, response_bytes_max),
         base_url=address,
         headers={"Accept-Encoding": "identity"},

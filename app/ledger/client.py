@@ -27,7 +27,7 @@ from app.ledger.outcomes import (
     write_arguments,
     write_debit,
 )
-from app.ledger.repeats import Repeats
+from app.ledger.retries import Retries
 from app.ledger.user_limits import UserTurns
 from app.telemetry.metrics import Metrics
 from app.telemetry.tracing import dependency_call
@@ -71,7 +71,7 @@ class Ledger:
         self.last_state = "not asked yet"
 
     async def debit(
-        self, keyed: KeyedDebit, deadline: float, *, perhaps_done: bool = False
+        self, keyed: KeyedDebit, deadline: float, *, may_have_committed: bool = False
     ) -> Outcome:
         """Charge the user the item's price, once for each key of a user.
 
@@ -82,14 +82,14 @@ class Ledger:
         Raises:
             PaymentError: the ledger failed; the class says what that means for the debit.
         """
-        repeats = Repeats(self.pause, deadline, perhaps_done=perhaps_done)
+        retries = Retries(self.pause, deadline, may_have_committed=may_have_committed)
         while True:
             try:
                 return await self._debit_once(keyed, deadline)
             except PaymentError as failure:
-                if await repeats.again_after(failure):
+                if await retries.wait_before_retry(failure):
                     continue
-                if repeats.perhaps_done:
+                if retries.may_have_committed:
                     raise OutcomeUnknown(idempotency_key=keyed.key) from failure
                 raise
 
@@ -213,7 +213,7 @@ async def open_ledger(
     client = http_client(
         "SUPABASE_URL",
         url,
-        timeout_seconds=CALL_TIMEOUT_SECONDS,
+        timeout_seconds=call_timeout_seconds,
         response_bytes_max=RESPONSE_BYTES_MAX,
         connections_max=CALLS_MAX + LOOKUPS_MAX,
     )

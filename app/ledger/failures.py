@@ -31,8 +31,8 @@ NOT_DONE_CODES = (
 # XX000: a node of a cluster was lost at the commit.
 UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0", "40003", "XX000")
 MESSAGE_LENGTH_MAX = 200  # of an error, in the log
-# A code of PostgREST or of Postgres. What has another is a word of somebody between, such as a
-# proxy, or the HTTP status that the client puts in: neither tells about the transaction.
+# Codes of PostgREST or Postgres. Any other code comes from a proxy or is the HTTP status, which the
+# client puts in, and says nothing about the transaction.
 LEDGER_CODE = re.compile(r"PGRST\w+|[0-9A-Z]{5}")
 CALL_ERRORS = (APIError, *HTTP_ERRORS)
 

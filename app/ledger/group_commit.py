@@ -53,7 +53,7 @@ class GroupCommit:
             async with asyncio.timeout_at(deadline):
                 return await waiting.outcome
         except TimeoutError as error:
-            if waiting.is_in_flight or waiting.is_perhaps_done:
+            if waiting.is_in_flight or waiting.may_have_committed:
                 raise OutcomeUnknown(idempotency_key=keyed.key) from error
             raise LedgerUnavailable from error
         finally:

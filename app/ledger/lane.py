@@ -12,7 +12,7 @@ from typing import Any
 from app.errors import LedgerRejected, LedgerUnavailable, OutcomeUnknown
 from app.ledger.client import Ledger
 from app.ledger.outcomes import Outcome
-from app.ledger.repeats import Repeats
+from app.ledger.retries import Retries
 from app.ledger.user_limits import UserLimit
 from app.ledger.waiting import WaitingDebit
 from app.telemetry.tracing import use_context_of
@@ -119,12 +119,12 @@ class Lane:
 
     async def _send_until_settled(self, batch: list[WaitingDebit]) -> None:
         """Send a batch, and again as a batch while it fails and may be repeated."""
-        repeats = Repeats(self._ledger.pause, max(waiting.deadline for waiting in batch))
+        retries = Retries(self._ledger.pause, max(waiting.deadline for waiting in batch))
         while batch:
             try:
                 outcomes = await self._send_once(batch)
             except (LedgerUnavailable, OutcomeUnknown) as failure:
-                if not await repeats.again_after(failure):
+                if not await retries.wait_before_retry(failure):
                     others = self._others() if isinstance(failure, LedgerUnavailable) else []
                     waited = [waiting for waiting in others if waiting.has_waited_too_long]
                     self._give_up([*batch, *waited])
@@ -148,7 +148,7 @@ class Lane:
             raise
         except Exception:
             for waiting in batch:
-                waiting.is_perhaps_done = True
+                waiting.may_have_committed = True
             raise
         finally:
             for waiting in batch:
@@ -213,7 +213,7 @@ class Lane:
         try:
             waiting.settle(
                 await self._ledger.debit(
-                    waiting.keyed, waiting.deadline, perhaps_done=waiting.is_perhaps_done
+                    waiting.keyed, waiting.deadline, may_have_committed=waiting.may_have_committed
                 )
             )
         except Exception as error:  # noqa: BLE001 - its caller gets it
@@ -232,7 +232,7 @@ class Lane:
 
     def _give_up(self, debits: Iterable[WaitingDebit]) -> None:
         for waiting in list(debits):
-            if waiting.is_perhaps_done:
+            if waiting.may_have_committed:
                 waiting.settle(OutcomeUnknown(idempotency_key=waiting.keyed.key))
             else:
                 waiting.settle(LedgerUnavailable())

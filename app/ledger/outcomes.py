@@ -28,18 +28,17 @@ from app.errors import (
     UserNotFound,
 )
 
-OUTCOME_ERRORS: dict[str, type[PaymentError]] = {
-    error.code: error
-    for error in (
-        UserNotFound,
-        IdempotencyKeyReused,
-        UserInactive,
-        ItemNotFound,
-        ItemInactive,
-        PriceChanged,
-        InsufficientFunds,
-    )
-}
+# In the order in which the database checks a debit.
+DEBIT_DECLINES: tuple[type[PaymentError], ...] = (
+    UserNotFound,
+    IdempotencyKeyReused,
+    UserInactive,
+    ItemNotFound,
+    ItemInactive,
+    PriceChanged,
+    InsufficientFunds,
+)
+DECLINES = {problem.code: problem for problem in DEBIT_DECLINES}
 BUSY = "busy"  # the outcome of a debit that a batch has skipped
 
 
@@ -77,15 +76,14 @@ class Debited(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    # The published members come first and in their published order.
-    user_id: int
-    new_balance: int
-    transaction_id: UUID
-    item_id: UUID
-    amount: int = Field(ge=0)
-    created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
     outcome: Literal["debited"]
+    user_id: int
+    item_id: UUID
     expected_price: int | None
+    transaction_id: UUID
+    amount: int = Field(ge=0)
+    new_balance: int
+    created_at: Annotated[AwareDatetime, AfterValidator(_in_utc)]
     replayed: bool
     actor: str | None = None
 
@@ -93,7 +91,7 @@ class Debited(BaseModel):
     def attempt(self) -> UUID:
         return self.transaction_id
 
-    def is_about(self, debit: Debit) -> bool:
+    def matches(self, debit: Debit) -> bool:
         """Tell whether this is the outcome of a request for the same debit."""
         return (
             self.user_id == debit.user_id
@@ -118,7 +116,7 @@ class Declined(BaseModel):
     @field_validator("outcome")
     @classmethod
     def _is_known(cls, outcome: str) -> str:
-        if outcome not in OUTCOME_ERRORS:
+        if outcome not in DECLINES:
             raise ValueError("no such outcome")
         return outcome
 
@@ -127,18 +125,19 @@ class Declined(BaseModel):
     def _read_members(cls, outcome: Any) -> Any:
         if not isinstance(outcome, dict):
             return outcome
-        error = OUTCOME_ERRORS.get(str(outcome.get("outcome")))
+        error = DECLINES.get(str(outcome.get("outcome")))
         if error is None or error.extension is None:
             return outcome
-        return outcome | {"members": error.extension.model_validate(outcome).model_dump()}
+        members = error.extension.model_validate(outcome).model_dump(mode="json")
+        return outcome | {"members": members}
 
-    def is_about(self, debit: Debit) -> bool:
+    def matches(self, debit: Debit) -> bool:
         """Tell whether this is the outcome of a request for the same debit."""
         return self.item_id == debit.item_id and self.expected_price == debit.expected_price
 
     def problem(self) -> PaymentError:
         """Return the problem that the caller gets, the same one at every replay."""
-        problem = OUTCOME_ERRORS[self.outcome](None, **self.members)
+        problem = DECLINES[self.outcome](None, **self.members)
         problem.replayed = self.replayed
         return problem
 
@@ -146,7 +145,7 @@ class Declined(BaseModel):
 Outcome = Debited | Declined
 
 
-def is_of(outcome: Outcome, actor: str | None) -> bool:
+def may_be_seen_by(outcome: Outcome, actor: str | None) -> bool:
     """Tell whether an actor may get a stored outcome; False only if both are known and differ."""
     return outcome.actor is None or actor is None or outcome.actor == actor
 
@@ -191,7 +190,7 @@ def read_outcome(response: object, keyed: KeyedDebit) -> Outcome:
         ValueError: it is no outcome, or that of another debit.
     """
     outcome = _OUTCOME.validate_python(response)
-    if not outcome.is_about(keyed.debit):
+    if not outcome.matches(keyed.debit):
         raise ValueError("the outcome is about another debit")
     if outcome.replayed and str(outcome.attempt) == keyed.attempt:
         return outcome.model_copy(update={"replayed": False})

@@ -4,16 +4,11 @@ import asyncio
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
-from app.event_loop import now
-from app.ledger.outcomes import KeyedDebit, Outcome
-from app.ledger.repeats import NOT_DONE_SECONDS_MAX
+import orjson
 
-# The bytes of a debit in a batch's request besides its numbers and texts: names, two UUIDs and
-# punctuation; then what each optional member adds.
-DEBIT_BYTES = 111
-KEY_BYTES = 21
-PRICE_BYTES = 18
-ACTOR_BYTES = 11
+from app.event_loop import now
+from app.ledger.outcomes import KeyedDebit, Outcome, write_debit
+from app.ledger.retries import RETRY_SECONDS_MAX
 
 
 @dataclass(eq=False)
@@ -28,7 +23,7 @@ class WaitingDebit:
     context: Context = field(default_factory=copy_context)
     is_queued: bool = True  # until it is sent for the first time
     is_in_flight: bool = False
-    is_perhaps_done: bool = False
+    may_have_committed: bool = False
 
     @property
     def is_done(self) -> bool:
@@ -40,21 +35,13 @@ class WaitingDebit:
 
     @property
     def has_waited_too_long(self) -> bool:
-        """Tell whether it was certainly not done for so long that its caller is told."""
-        return not self.is_perhaps_done and now() - self.arrived > NOT_DONE_SECONDS_MAX
+        """Tell whether the debit did not run for longer than RETRY_SECONDS_MAX."""
+        return not self.may_have_committed and now() - self.arrived > RETRY_SECONDS_MAX
 
     @property
     def size_bytes(self) -> int:
-        """Return its share of a request."""
-        debit, key, _, actor = self.keyed
-        size = DEBIT_BYTES + len(str(debit.user_id))
-        if not self.keyed.has_generated_key:
-            size += KEY_BYTES + len(key) + key.count("\\")  # JSON doubles a backslash
-        if debit.expected_price is not None:
-            size += PRICE_BYTES + len(str(debit.expected_price))
-        if actor is not None:
-            size += ACTOR_BYTES + len(actor) + actor.count("\\") + actor.count('"')
-        return size
+        """Return the bytes that it adds to the request of a batch."""
+        return len(orjson.dumps(write_debit(self.keyed))) + len(",")
 
     def settle(self, answer: Outcome | BaseException) -> None:
         if self.outcome.done():

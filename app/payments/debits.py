@@ -16,9 +16,11 @@ from app.errors import (
 from app.event_loop import now
 from app.ledger.client import Ledger
 from app.ledger.group_commit import GroupCommit
-from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, is_of
+from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, may_be_seen_by
 from app.products.cache import Products
 from app.telemetry.metrics import Metrics
+
+NO_TOKEN = Caller()
 
 
 class Debits:
@@ -52,7 +54,7 @@ class Debits:
         debit: Debit,
         callers_key: str | None,
         deadline: float,
-        caller: Caller | None = None,
+        caller: Caller = NO_TOKEN,
     ) -> Debited:
         """Charge the user for the item, if it is for sale and the ledger's rules allow it.
 
@@ -71,7 +73,7 @@ class Debits:
             self._waiting -= 1
 
     async def find_outcome(
-        self, user_id: int, key: str, deadline: float, caller: Caller | None = None
+        self, user_id: int, key: str, deadline: float, caller: Caller = NO_TOKEN
     ) -> Outcome | None:
         """Return the outcome stored for an idempotency key, or None.
 
@@ -84,7 +86,7 @@ class Debits:
         except LedgerUnavailable as problem:
             self._ledger.pause.apply_to(problem)
             raise
-        if outcome is not None and not is_of(outcome, caller.actor if caller else None):
+        if outcome is not None and not may_be_seen_by(outcome, caller.actor):
             raise IdempotencyKeyReused
         return outcome
 
@@ -93,19 +95,18 @@ class Debits:
         debit: Debit,
         callers_key: str | None,
         deadline: float,
-        caller: Caller | None,
+        caller: Caller,
     ) -> Debited:
-        actor = caller.actor if caller else None
         try:
-            item = await self._products.get_item(debit.item_id, caller.token if caller else None)
+            item = await self._products.get_item(debit.item_id, caller.token)
             if not item.active:
                 raise ItemInactive
         except (ItemNotFound, ItemInactive, ProductsUnavailable, Forbidden) as refusal:
             if callers_key is None:
                 raise
-            return await self._replay(debit, callers_key, actor, deadline, refusal)
+            return await self._replay(debit, callers_key, caller.actor, deadline, refusal)
         attempt = str(uuid4())
-        keyed = KeyedDebit(debit, callers_key or attempt, attempt, actor)
+        keyed = KeyedDebit(debit, callers_key or attempt, attempt, caller.actor)
         return _charged(await self._group_commit.debit(keyed, deadline))
 
     async def _replay(
@@ -113,7 +114,7 @@ class Debits:
     ) -> Debited:
         """Return the outcome of an earlier request, although the item is refused now."""
         outcome = await self._ledger.find(debit.user_id, key, deadline)
-        if outcome is None or not outcome.is_about(debit) or not is_of(outcome, actor):
+        if outcome is None or not outcome.matches(debit) or not may_be_seen_by(outcome, actor):
             raise refusal
         return _charged(outcome)
 

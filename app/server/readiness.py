@@ -4,9 +4,10 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Protocol
 
 from app.errors import AuthenticationUnavailable, LedgerRejected, PaymentError
 from app.telemetry.metrics import Metrics
@@ -20,12 +21,24 @@ Check = Callable[[], Awaitable[None]]
 logger = logging.getLogger(__package__)
 
 
-class Readiness:
-    """A later outage does not turn readiness off: callers get clear problems instead."""
+class Dependency(Protocol):
+    """A client that remembers how its last call ended, such as "ok" or "unavailable"."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    @property
+    def last_state(self) -> str: ...
+
+
+class Readiness:
+    """Readiness of the service. A later outage does not change it: callers get problems instead."""
+
+    def __init__(self, metrics: Metrics, dependencies: Mapping[str, Dependency]) -> None:
         self.status = "starting"
+        self._dependencies = dependencies
         metrics.ready.set_function(lambda: self.status == "ready")
+
+    def states(self) -> dict[str, str]:
+        """Return the last known state of each dependency."""
+        return {name: client.last_state for name, client in self._dependencies.items()}
 
     async def await_dependencies(self, *checks: Check) -> None:
         """Turn ready once each check has passed; until then the log says why one has not."""

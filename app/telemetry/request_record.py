@@ -1,11 +1,12 @@
-"""What the service knows of a request: the ids of its log lines, and what became of it."""
+"""The record of a request, its line in the log and its metrics."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 import structlog
 
-from app.errors import InvalidRequest
+from app.errors import InvalidRequest, PaymentError
 from app.telemetry.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -46,6 +47,18 @@ class RequestRecord:
 
 # The request that the current task works for.
 request_now: ContextVar[RequestRecord | None] = ContextVar("request_now", default=None)
+
+
+class RequestState(TypedDict):
+    """What the server, the middleware and the spans put into the state of a request.
+
+    `refusal` is why the server could not read it. `traceparent` is the trace context of its span.
+    """
+
+    record: RequestRecord
+    refusal: NotRequired[PaymentError]
+    exports_traces: NotRequired[bool]
+    traceparent: NotRequired[str]
 
 
 class RequestRecorder:

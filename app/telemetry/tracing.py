@@ -21,7 +21,7 @@ from app.environment.libraries import check_trace_variables, trace_variables
 from app.environment.variables import failure_names_settings
 from app.errors import PaymentError
 from app.telemetry.metrics import Metrics
-from app.telemetry.request_record import RequestRecord, request_now
+from app.telemetry.request_record import RequestState, request_now
 
 NO_CONTEXT = context.Context()
 TRACES_PER_SECOND_MAX = 100
@@ -107,12 +107,12 @@ class RequestSpans:
                         span.set_status(Status(StatusCode.ERROR))
                 await send(message)
 
-            state = scope["state"]
+            state: RequestState = scope["state"]
             carrier: dict[str, str] = {}
             _propagator.inject(carrier)
             state["traceparent"] = carrier["traceparent"]
             await self._app(scope, receive, send_and_record_status)
-            record: RequestRecord = state["record"]
+            record = state["record"]
             span.update_name(f"{method} {record.route}")
             span.set_attribute("http.route", record.route)
 

@@ -24,7 +24,7 @@ OF_RESPONSES = (
     (
         "every decline is insufficient funds",
         "ledger/outcomes.py",
-        "        problem = OUTCOME_ERRORS[self.outcome](",
+        "        problem = DECLINES[self.outcome](",
         "        problem = InsufficientFunds(",
     ),
     (
@@ -48,7 +48,7 @@ OF_RESPONSES = (
     (
         "another debit with the key is replayed for a removed item",
         "payments/debits.py",
-        " or not outcome.is_about(debit)",
+        " or not outcome.matches(debit)",
         "",
     ),
     (
@@ -90,13 +90,13 @@ OF_FAULTS = (
     (
         "an unknown outcome is returned as not charged",
         "ledger/client.py",
-        "                if repeats.perhaps_done:\n",
+        "                if retries.may_have_committed:\n",
         "                if False:\n",
     ),
     (
         "an unknown outcome of a batch is returned as not charged",
         "ledger/lane.py",
-        "            if waiting.is_perhaps_done:\n"
+        "            if waiting.may_have_committed:\n"
         "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.keyed.key))\n",
         "            if False:\n"
         "                waiting.settle(OutcomeUnknown(idempotency_key=waiting.keyed.key))\n",

@@ -2,22 +2,22 @@
 
 from mutants.mutant import DEBIT_SQL, Mutant
 
-SAME_ITEM = "(earlier ->> 'item_id')::uuid is not distinct from debit.item_id"
-SAME_PRICE = "(earlier ->> 'expected_price')::bigint is not distinct from debit.expected_price"
-SAME_ACTOR = "coalesce(earlier ->> 'actor' = debit.actor, true)"
-USER_INACTIVE = "      when not debit.user_is_active then 'user_inactive'\n"
-ITEM_UNKNOWN = "      when debit.locked_item is null then 'item_not_found'\n"
-ITEM_INACTIVE = "      when not debit.item_is_active then 'item_inactive'\n"
-PRICE = "      when debit.price <> debit.expected_price then 'price_changed'\n"
-FUNDS = "      when debit.price > last_entry.balance_after then 'insufficient_funds'\n"
-BUSY_USER = "where card_id = debit.user_id and debit.locked_user is null"
+SAME_ITEM = "(stored ->> 'item_id')::uuid is not distinct from debit.item_id"
+SAME_PRICE = "(stored ->> 'expected_price')::bigint is not distinct from debit.expected_price"
+SAME_ACTOR = "coalesce(stored ->> 'actor' = debit.actor, true)"
+USER_INACTIVE = "        when not debit.user_is_active then 'user_inactive'\n"
+ITEM_UNKNOWN = "        when debit.locked_item is null then 'item_not_found'\n"
+ITEM_INACTIVE = "        when not debit.item_is_active then 'item_inactive'\n"
+PRICE = "        when debit.price <> debit.expected_price then 'price_changed'\n"
+FUNDS = "        when debit.price > new_balance then 'insufficient_funds'\n"
+BUSY_USER = "where card_id = debit.user_id and not debit.user_is_locked"
 BUSY_ITEM = "where id = debit.item_id and debit.locked_item is null"
-WRITE = "    perform ledger.write_entries(entries);\n"
+WRITE = "    select * from unnest(entries);\n"
 
 OF_RULES = (
     (
         "no key is looked up",
-        "    if debit.is_known_key then\n",
+        "    if debit.key_is_known then\n",
         "    if false then\n",
     ),
     ("a reused key is returned as a replay", "else 'idempotency_key_reused'", "else 'replayed'"),
@@ -53,46 +53,46 @@ OF_RULES = (
     (
         "a debt of one is allowed",
         FUNDS,
-        FUNDS.replace("balance_after", "balance_after + 1"),
+        FUNDS.replace("new_balance", "new_balance + 1"),
     ),
     (
         "each debit of a call may spend the balance before the call",
         FUNDS,
-        FUNDS.replace("last_entry.balance_after", "debit.balance"),
+        FUNDS.replace("new_balance", "debit.balance"),
     ),
     (
         "declines are not stored",
-        "        declined := declined || debit.place::integer;\n",
+        "      declined := declined || debit.number::integer;\n",
         "",
     ),
     (
         "a decline's price is not stored",
-        "      (answers[place] ->> 'price')::bigint,\n",
+        "      (outcomes[request.place] ->> 'price')::bigint,\n",
         "      null,\n",
     ),
     (
         "the new price is not returned",
-        "case result when 'price_changed' then debit.price end",
-        "null::bigint",
+        "jsonb_build_object('price', debit.price)",
+        "'{}'",
     ),
     (
         "a decline's expected price is not stored",
-        "      (debits[place]).expected_price,\n",
-        "      null,\n",
+        "      request.expected_price,\n      (outcomes",
+        "      null,\n      (outcomes",
     ),
-    ("a decline's actor is not stored", "      (debits[place]).actor\n", "      null\n"),
+    ("a decline's actor is not stored", "      request.actor\n    from", "      null\n    from"),
     (
         "an entry's actor is not stored",
-        "debit.expected_price, debit.actor\n",
-        "debit.expected_price, null\n",
+        "debit.expected_price, debit.actor\n      )::",
+        "debit.expected_price, null\n      )::",
     ),
     (
         "a free item costs one",
-        "debit.item_id, -debit.price, last_entry.balance_after - debit.price,",
-        "debit.item_id, -greatest(debit.price, 1),\n"
-        "last_entry.balance_after - greatest(debit.price, 1),",
+        "      new_balance := new_balance - debit.price;\n",
+        "      new_balance := new_balance - greatest(debit.price, 1);\n"
+        "      debit.price := greatest(debit.price, 1);\n",
     ),
-    ("the entry is not written", WRITE, "    null;\n"),
+    ("the entry is not written", WRITE, WRITE.replace(";", " where false;")),
     (
         "the balance is not updated",
         '      update public."Users" set balance = entry.balance_after where',
@@ -105,12 +105,12 @@ OF_RULES = (
     ),
     (
         "the balance before the call is returned",
-        "        'new_balance', last_entry.balance_after,\n        'created_at'",
+        "        'new_balance', new_balance,\n        'created_at'",
         "        'new_balance', debit.balance,\n        'created_at'",
     ),
     (
         "the attempt is not the entry's id",
-        "coalesce(debit.attempt, gen_random_uuid())",
+        "coalesce(request.attempt, gen_random_uuid())",
         "gen_random_uuid()",
     ),
 )
@@ -156,8 +156,8 @@ OF_LOOKUPS = (
 OF_BATCHES = (
     (
         "outcomes are in the order of decision",
-        "answers[debit.place] := jsonb_build_object(\n        'outcome', result",
-        "answers[cardinality(entries)] := jsonb_build_object(\n        'outcome', result",
+        "outcomes[debit.place] := jsonb_build_object(\n        'outcome', result",
+        "outcomes[cardinality(entries)] := jsonb_build_object(\n        'outcome', result",
     ),
     (
         "debits of a user are decided in the opposite order",
@@ -177,23 +177,23 @@ OF_BATCHES = (
     ("a busy item is returned as unknown", BUSY_ITEM, "where false"),
     (
         "a key that is used twice in a batch charges twice",
-        "    if debit.idempotency_key = any(user_keys) then\n",
-        "    if false then\n",
+        "    elsif debit.idempotency_key = any(stored_keys) then\n",
+        "    elsif false then\n",
     ),
     (
         "a repeat gets the outcome of the next repeat",
-        "answers[repeated[number]] := repeat_answers[number];",
-        "answers[repeated[number]] := repeat_answers[1];",
+        "outcomes[repetition.place] := repeated_outcomes[repetition.place];",
+        "outcomes[repetition.place] := repeated_outcomes[repeated[1].place];",
     ),
     (
         "a user's entries continue those of the user before",
-        "    if debit.user_id is distinct from last_entry.user_id then\n",
-        "    if last_entry.user_id is null then\n",
+        "    if debit.user_id is distinct from charged_user then\n",
+        "    if charged_user is null then\n",
     ),
     (
         "only the first entry of a user changes the balance",
-        "if entry.user_id is distinct from entries[place + 1].user_id then",
-        "if entry.user_id is distinct from entries[place - 1].user_id then",
+        "if entry.user_id is distinct from entries[number + 1].user_id then",
+        "if entry.user_id is distinct from entries[number - 1].user_id then",
     ),
 )
 

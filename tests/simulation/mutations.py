@@ -39,12 +39,12 @@ PAST_FAULTS = (
     Mutation(
         "a failed batch is repeated as single calls, all at once",
         "ledger/lane.py",
-        "                if not await repeats.again_after(failure):\n",
+        "                if not await retries.wait_before_retry(failure):\n",
         "                for waiting in batch:\n"
         "                    self._start(self._settle_alone(waiting), waiting.context)\n"
         "                if batch:\n"
         "                    return\n"
-        "                if not await repeats.again_after(failure):\n",
+        "                if not await retries.wait_before_retry(failure):\n",
         "calls",
     ),
     Mutation("XX000 means not charged", "ledger/failures.py", ', "XX000")', ")", "rejections"),
@@ -53,7 +53,7 @@ PAST_FAULTS = (
         "ledger/client.py",
         "                return await self._debit_once(keyed, deadline)\n",
         "                outcome = await self._debit_once(keyed, deadline)\n"
-        "                if repeats.perhaps_done:\n"
+        "                if retries.may_have_committed:\n"
         '                    return outcome.model_copy(update={"replayed": False})\n'
         "                return outcome\n",
         "replays",
@@ -70,7 +70,7 @@ PAST_FAULTS = (
     ),
     Mutation(
         "a call that was certainly not executed is retried only once",
-        "ledger/repeats.py",
+        "ledger/retries.py",
         "        self._calls += 1\n",
         "        self._calls += 1\n"
         "        if self._calls > 1 and isinstance(failure, LedgerUnavailable):\n"
@@ -96,7 +96,7 @@ OTHER_MISTAKES = (
     Mutation(
         "unknown becomes not charged after a call that was not done",
         "ledger/client.py",
-        "                if repeats.perhaps_done:\n",
+        "                if retries.may_have_committed:\n",
         "                if isinstance(failure, OutcomeUnknown):\n",
         "responses",
     ),
@@ -110,14 +110,14 @@ OTHER_MISTAKES = (
     Mutation(
         "a debit in flight at the deadline is returned as not charged",
         "ledger/group_commit.py",
-        "            if waiting.is_in_flight or waiting.is_perhaps_done:\n",
-        "            if waiting.is_perhaps_done:\n",
+        "            if waiting.is_in_flight or waiting.may_have_committed:\n",
+        "            if waiting.may_have_committed:\n",
         "responses",
     ),
     Mutation(
         "the debits of a lost batch are not marked as perhaps executed",
         "ledger/lane.py",
-        "                waiting.is_perhaps_done = True\n",
+        "                waiting.may_have_committed = True\n",
         "                pass\n",
         "responses",
     ),
@@ -145,7 +145,7 @@ OTHER_MISTAKES = (
     Mutation(
         "a reused key returns the outcome of another debit",
         "payments/debits.py",
-        " or not outcome.is_about(debit)",
+        " or not outcome.matches(debit)",
         "",
         "responses",
     ),

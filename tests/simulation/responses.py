@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from app.api.responses import PAYMENT_FIELDS
+from app.api.schemas import Payment
 from app.errors import LedgerRejected, LedgerUnavailable, PaymentError
 from app.ledger.outcomes import Debited, Declined
 from simulation.database import Entry
@@ -145,7 +145,7 @@ def _says_not_charged(request: CompletedRequest) -> bool:
 
 
 def _equals(payment: Debited, entry: Entry) -> bool:
-    body = payment.model_dump(mode="json", include=PAYMENT_FIELDS)
+    body = Payment.model_validate(payment).model_dump(mode="json")
     return body | {"created_at": entry.outcome["created_at"]} == {
         name: entry.outcome[name] for name in body
     }

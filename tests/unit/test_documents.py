@@ -35,3 +35,22 @@ def test_links_resolve(document: Path) -> None:
 def test_the_readme_lists_every_document() -> None:
     for document in DOCUMENTS[1:]:
         assert f"`{document.name}`" in prose(DOCUMENTS[0])
+
+
+def test_the_files_and_functions_of_a_debit_in_the_readme_exist() -> None:
+    steps = prose(ROOT / "README.md").partition("One debit, step by step:")[2].partition("\n## ")[0]
+    code = "".join(path.read_text() for path in (ROOT / "app").rglob("*.py"))
+    code += "".join(path.read_text() for path in (ROOT / "supabase").rglob("*.sql"))
+    names = re.findall(r"`([\w./*]+)`", steps)
+    assert len(names) > 20
+    for name in names:
+        is_file = (ROOT / "app" / name).exists() or (ROOT / name).exists()
+        definition = rf"\b(def|class|function) (public\.)?{re.escape(name)}\b"
+        assert is_file or re.search(definition, code), name
+
+
+def test_the_files_in_the_development_guide_exist() -> None:
+    for pattern in re.findall(
+        r"`((?:app|tests|k8s|supabase)/[\w./*]+)`", prose(ROOT / "docs/development.md")
+    ):
+        assert list(ROOT.glob(pattern)), pattern

@@ -12,7 +12,7 @@ from postgrest.exceptions import APIError
 from app import errors
 from app.errors import PROBLEMS, LedgerRejected, LedgerUnavailable, OutcomeUnknown, PaymentError
 from app.ledger.failures import classify_failure
-from app.ledger.outcomes import OUTCOME_ERRORS
+from app.ledger.outcomes import DECLINES
 from devstack.postgres import SUPABASE_DIRECTORY
 
 README = Path(__file__).parent.parent.parent / "README.md"
@@ -45,7 +45,7 @@ def test_only_problems_with_a_known_outcome_say_that_no_money_moved() -> None:
 def test_every_outcome_of_the_migrations_is_mapped() -> None:
     (migration,) = (SUPABASE_DIRECTORY / "migrations").glob("*_debit.sql")
     header = re.findall(r"^--   (\w+) ", migration.read_text(), re.MULTILINE)
-    assert set(header) - {"debited", "busy"} == set(OUTCOME_ERRORS)
+    assert set(header) - {"debited", "busy"} == set(DECLINES)
 
 
 CONNECTION_KEY = ConnectionKey("host", 80, False, True, None, None, None)

@@ -59,7 +59,7 @@ def test_a_bug_in_a_readiness_check_is_logged_and_the_check_is_repeated(
         if fault := faults.pop(0):
             raise fault
 
-    readiness = Readiness(Metrics())
+    readiness = Readiness(Metrics(), {})
     asyncio.run(readiness.await_dependencies(check))
     assert readiness.status == "ready"
     assert faults == []

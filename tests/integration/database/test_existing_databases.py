@@ -254,14 +254,14 @@ def test_the_audit_reports_access_opened_after_the_migration(postgres_port: int)
 
 def test_the_check_and_the_audit_look_for_the_same_objects() -> None:
     migrations = Path(__file__).parents[3] / "supabase" / "migrations"
-    check, debit = (
+    check, audit = (
         " ".join(next(migrations.glob(f"*_{name}.sql")).read_text().split())
-        for name in ("check", "debit")
+        for name in ("check", "operations")
     )
     names = r"select found\.(?:object, found\.)?fault, found\.fix"
     queries = [
         re.search(rf"with recursive tables .*?{names} (from .*?\) as found)", text)
-        for text in (check, debit)
+        for text in (check, audit)
     ]
     found = [query and re.sub(names, "", query[0]) for query in queries]
     assert found[0] is not None

@@ -14,7 +14,7 @@ from servers import RawServer, await_true, service_process
 
 from app import __version__
 from app.api.payments import DEBIT_PROBLEMS
-from app.ledger.outcomes import OUTCOME_ERRORS
+from app.ledger.outcomes import DECLINES
 
 Samples = dict[tuple[str, ...], float]
 
@@ -76,7 +76,7 @@ def test_outcome_and_failure_series_exist_from_the_start(service: httpx.Client) 
     samples = read(service)
     for code in ("debited", *(problem.code for problem in DEBIT_PROBLEMS)):
         assert samples["payment_debits_total", code] == 0
-    for code in ("debited", *OUTCOME_ERRORS):
+    for code in ("debited", *DECLINES):
         assert samples["payment_replays_total", code] == 0
     requests = "http_request_duration_seconds_count"
     for status in ("500", "503", "504"):

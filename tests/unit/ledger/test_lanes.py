@@ -33,9 +33,9 @@ class FakeLedger:
         self.pause = Pause("SUPABASE_URL")
 
     async def debit(
-        self, sent: KeyedDebit, deadline: float, *, perhaps_done: bool = False
+        self, sent: KeyedDebit, deadline: float, *, may_have_committed: bool = False
     ) -> Outcome:
-        del deadline, perhaps_done
+        del deadline, may_have_committed
         self.single_debits.append(sent.key)
         if sent.key == "first":
             await self.first

@@ -1,5 +1,7 @@
 """A request is counted by its outcome, whatever becomes of its response."""
 
+import asyncio
+
 import pytest
 
 from app.telemetry.metrics import Metrics
@@ -9,11 +11,15 @@ from app.telemetry.request_record import RequestRecord, RequestRecorder
 def record_debit(outcome: str | None, amount: int, code: str) -> str:
     """Record a debit with an outcome and the code of its log line; return the metrics."""
     metrics = Metrics()
+
+    async def write() -> None:
+        RequestRecorder(metrics).write(record, 0.1)
+
     record = RequestRecord("id", "POST", operation="debit", status=200)
     if outcome:
         record.settle(outcome, amount=amount)
     record.code = code
-    RequestRecorder(metrics).write(record, 0.1)
+    asyncio.run(write())  # the log is written by the event loop
     return metrics.render().decode()
 
 

@@ -46,8 +46,8 @@ create table if not exists public."Transaction_History" (
   constraint transaction_history_item_fkey foreign key (item) references public."Items" (id)
 );
 
--- All three at once: writers that take them in another order would end in a deadlock. Giving up for
--- a moment lets them through.
+-- Lock all three at once: writers that lock them in another order would cause a deadlock. Waiting
+-- between attempts lets them finish.
 do $$
 begin
   perform set_config('lock_timeout', '300ms', true);
@@ -71,7 +71,7 @@ $$;
 -- Deferred checks and triggers would be pending when a table is altered.
 set constraints all immediate;
 
--- What is missing in a hand-made database.
+-- Columns, types and defaults that a hand-made database lacks.
 do $$
 declare
   smaller record;
@@ -141,7 +141,7 @@ create table if not exists ledger.declines (
   constraint declines_user_id_fkey foreign key (user_id) references public."Users" (card_id)
 );
 
--- Older declines may have other keys.
+-- Stored declines of an older version may have longer keys.
 alter table ledger.declines drop constraint if exists declines_idempotency_key_length;
 alter table ledger.declines add constraint declines_idempotency_key_length
 check (char_length(idempotency_key) between 1 and 255) not valid;

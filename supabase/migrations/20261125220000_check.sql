@@ -1,10 +1,10 @@
--- Stops the migration of a database that it cannot bring along, before anything is changed.
+-- Stop before anything is changed if the other migrations cannot work in this database.
 --
--- The migrations that follow rely on types, keys, defaults and triggers of "Users", "Items" and
--- "Transaction_History". What keeps them from working, or needs a decision, is listed in one
--- message, with statements that remove it. The fixes keep every user and every balance.
+-- They rely on types, keys, defaults and triggers of "Users", "Items" and "Transaction_History".
+-- One message lists all obstacles and decisions, with statements that remove them. The fixes keep
+-- every user and every balance.
 -- The block only reads: make check-database DATABASE_URL=... runs it alone, in a read-only
--- transaction. The schema at the end tells the other files that the check passed.
+-- transaction. The schema at the end tells the other files that the check has passed.
 
 begin;
 
@@ -23,7 +23,7 @@ declare
   has_both_columns boolean := false;
   is_migrated boolean;
   is_readable boolean := true;
-  -- What the fixes do to columns.
+  -- Changes that the fixes make to columns.
   mapped text[] := '{}';
   references_found text[] := '{}';
   altered_tables oid[] := '{}';
@@ -38,7 +38,7 @@ declare
   'alter column %7$I drop default; '
   'alter table public."Transaction_History" rename column %5$I to %6$I; '
   'alter table public."Transaction_History" add foreign key (%6$I) references public.%1$I (%3$I);';
-  -- Of the column in hand.
+  -- The column that a loop handles.
   finding record;
   candidate record;
   base_type regtype;
@@ -359,8 +359,8 @@ begin
         )
     ),
 
-    -- What reads or writes the tables of the ledger, directly or through others: views and rules by
-    -- their dependencies, functions by the names in their source, tables by their triggers.
+    -- Objects that read or write the tables of the ledger, directly or through others: views and rules
+    -- by dependencies, functions by the names in their source, tables by their triggers.
     reach (class, oid, name) as (
       select 'pg_class'::regclass::oid, tables.oid, tables.name from tables
       union
@@ -391,7 +391,7 @@ begin
       ) as next
     ),
 
-    -- Who can use it: 'anon and authenticated', or null.
+    -- The API roles that can use an object, such as 'anon and authenticated'.
     exposed (class, oid, roles) as (
       select reach.class, reach.oid, string_agg(role.rolname, ' and ' order by role.rolname)
       from reach
@@ -509,8 +509,8 @@ begin
   -- Constraints and unique indexes of others that could reject a debit
   ------------------------------------------------------------------------------------------------
 
-  -- A debit fills these columns of the history; a null or a number of its own in any other one
-  -- keeps a unique index from rejecting it.
+  -- A debit fills these columns of the history. A unique index cannot reject a debit if it has
+  -- another column that is null or numbered.
   for finding in
     select
       class.relname, index.indexrelid::regclass as name, con.conname,
@@ -534,7 +534,7 @@ begin
         )
       )
       and (
-        -- A debit leaves the item out where there is none.
+        -- An entry without an item leaves the item null.
         (index.indrelid = history and index.indisprimary and exists (
           select from pg_attribute
           where attrelid = history and attname = 'item' and attnum = any(index.indkey)
@@ -745,7 +745,7 @@ begin
   end loop;
 
   ------------------------------------------------------------------------------------------------
-  -- What the history refers to: card_id of "Users" and id of "Items"
+  -- References of the history: card_id of "Users" and id of "Items"
   ------------------------------------------------------------------------------------------------
 
   for finding in
@@ -801,7 +801,7 @@ begin
         ) into is_true;
       end if;
 
-      -- Another key of the table may be what the values are: all of them are found there.
+      -- The values may be those of another key of the table: all of them are found there.
       for candidate in
         select attname, ambiguous.query
         from pg_attribute as attribute
@@ -940,7 +940,7 @@ begin
     continue when finding.becomes_longer or finding.atttypid = finding.type::regtype
       or finding.column_name = any(mapped);
 
-    -- The conversion, tried on the values that there are.
+    -- Try the conversion on the existing values.
     expression := format(
       case
         when base_type = finding.type::regtype then '%1$I::%2$s'
@@ -1046,7 +1046,7 @@ begin
           else 'primary key'
         end
       );
-      -- Entries that named the old key name the new one.
+      -- Entries refer to the new key instead of the old one.
       for candidate in
         select attname::text from pg_attribute
         where attrelid = history and not attisdropped
@@ -1131,7 +1131,7 @@ begin
   -- Objects that use a column whose type changes, or the older debit_use
   ------------------------------------------------------------------------------------------------
 
-  -- The last in a chain comes first, so that the statements work in this order.
+  -- The last object of a chain comes first, so that the statements work in this order.
   for finding in
     with recursive older (oid) as (
       select oid from pg_proc
@@ -1339,7 +1339,7 @@ begin
     inner join pg_attribute as attribute
       on attribute.attrelid = to_regclass(format('public.%I', wanted.table_name))
       and attribute.attname = wanted.column_name
-    -- Before the first migration a not-null constraint may be there without having been checked.
+    -- A not-null constraint may exist that was never validated.
     where not attribute.attisdropped and not (is_migrated and attribute.attnotnull)
       and (wanted.type is null or wanted.type = format_type(attribute.atttypid, null)
         or (wanted.type = 'bigint' and attribute.atttypid in ('int2'::regtype, 'int4'::regtype)))
@@ -1373,7 +1373,7 @@ begin
     inner join pg_attribute as attribute
       on attribute.attrelid = to_regclass(format('public.%I', wanted.table_name))
       and attribute.attname = wanted.column_name and not attribute.attisdropped
-    -- A partitioned history and one that is spread over nodes have the user in their key.
+    -- The key of a partitioned or distributed history has the user in it.
     where not exists (
       select from pg_index
       where indrelid = attribute.attrelid and indisunique and indisvalid and indimmediate
@@ -1515,7 +1515,7 @@ begin
 end
 $check$;
 
--- Only where the check has passed: the other files do nothing without it.
+-- The other files do nothing without this schema.
 create schema if not exists ledger;
 comment on schema ledger is 'The rules of a debit, and stored declines; not exposed by the API.';
 
