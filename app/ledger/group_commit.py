@@ -49,14 +49,15 @@ class GroupCommit:
         waiting = WaitingDebit(keyed, deadline, now())
         lane = self._lanes[waiting.user_id % LANES]
         lane.enter_queue(waiting)
+        timer = asyncio.get_running_loop().call_at(deadline, waiting.settle, TimeoutError())
         try:
-            async with asyncio.timeout_at(deadline):
-                return await waiting.outcome
+            return await waiting.outcome
         except TimeoutError as error:
             if waiting.is_in_flight or waiting.may_have_committed:
                 raise OutcomeUnknown(idempotency_key=keyed.key) from error
             raise LedgerUnavailable from error
         finally:
+            timer.cancel()
             lane.leave_queue(waiting)
 
     async def _debit_alone(self, keyed: KeyedDebit, deadline: float) -> Outcome:

@@ -150,8 +150,10 @@ def may_be_seen_by(outcome: Outcome, actor: str | None) -> bool:
     return outcome.actor is None or actor is None or outcome.actor == actor
 
 
-_OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
-_OUTCOME_OR_NONE: TypeAdapter[Outcome | None] = TypeAdapter(Outcome | None)
+# pydantic would otherwise try each class twice, which takes half of the time for an outcome.
+_ReadOutcome = Annotated[Debited | Declined, Field(union_mode="left_to_right")]
+_OUTCOME: TypeAdapter[Outcome] = TypeAdapter(_ReadOutcome)
+_OUTCOME_OR_NONE: TypeAdapter[Outcome | None] = TypeAdapter(_ReadOutcome | None)
 
 
 def write_arguments(keyed: KeyedDebit) -> dict[str, JSON]:

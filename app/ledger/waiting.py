@@ -43,10 +43,12 @@ class WaitingDebit:
         """Return the bytes that it adds to the request of a batch."""
         return len(orjson.dumps(write_debit(self.keyed))) + len(",")
 
-    def settle(self, answer: Outcome | BaseException) -> None:
+    def settle(self, result: Outcome | BaseException) -> None:
+        """Give the caller an outcome or a problem, unless the deadline has passed."""
         if self.outcome.done():
-            return  # its deadline has passed
-        if isinstance(answer, BaseException):
-            self.outcome.set_exception(answer)
+            # The caller may not have resumed yet and must not respond "not charged".
+            self.may_have_committed |= not isinstance(result, BaseException)
+        elif isinstance(result, BaseException):
+            self.outcome.set_exception(result)
         else:
-            self.outcome.set_result(answer)
+            self.outcome.set_result(result)

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from app.errors import LedgerUnavailable
+from app.errors import LedgerUnavailable, OutcomeUnknown
 from app.http_client.retry_after import Pause
 from app.ledger.client import Ledger
 from app.ledger.group_commit import LANES, GroupCommit
@@ -29,6 +29,7 @@ class FakeLedger:
         self.first: asyncio.Future[None] = loop.create_future()
         self.batch: asyncio.Future[None] = loop.create_future()
         self.batch_is_sent = asyncio.Event()
+        self.batch_is_busy = True
         self.single_debits: list[str] = []
         self.pause = Pause("SUPABASE_URL")
 
@@ -44,7 +45,7 @@ class FakeLedger:
     async def debit_batch(self, sent: Sequence[KeyedDebit]) -> list[Outcome | None]:
         self.batch_is_sent.set()
         await self.batch
-        return [None] * len(sent)
+        return [None if self.batch_is_busy else debited(debit.debit) for debit in sent]
 
 
 def keyed(user_id: int, key: str) -> KeyedDebit:
@@ -100,6 +101,21 @@ def test_a_busy_debit_that_expires_is_not_charged_later() -> None:
         assert lane.ledger.single_debits == ["first"]
 
     asyncio.run(let_the_deadline_pass_with_the_response())
+
+
+def test_a_debit_whose_outcome_arrives_with_its_deadline_is_not_reported_as_not_charged() -> None:
+    async def let_the_deadline_pass_with_the_outcome() -> None:
+        lane = Lane()
+        await lane.begin(seconds=0.5)
+        lane.ledger.batch_is_busy = False
+        asyncio.get_running_loop().call_at(
+            lane.deadline - 0.001, lane.ledger.batch.set_result, None
+        )
+        time.sleep(lane.deadline + 0.01 - time.monotonic())  # noqa: ASYNC251 - both in one step of the loop
+        outcomes = await lane.outcomes()
+        assert [type(outcome) for outcome in outcomes] == [OutcomeUnknown] * 2
+
+    asyncio.run(let_the_deadline_pass_with_the_outcome())
 
 
 def test_a_debit_that_arrives_after_its_deadline_is_never_sent() -> None:
