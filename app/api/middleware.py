@@ -16,10 +16,7 @@ from app.api.problems import problem_response, respond_to_payment_error
 from app.api.responses import DirectRoute, Endpoint
 from app.api.state import Services, state_of
 from app.errors import InternalError, InvalidRequest, PaymentError
-from app.telemetry.request_record import (
-    RequestRecord,
-    request_now,
-)
+from app.telemetry.request_record import RequestRecord, request_now
 from app.telemetry.tracing import read_traceparent
 
 REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")

@@ -1,4 +1,11 @@
-"""A lane: the debits of some users on their way to the ledger, one batch at a time."""
+"""A lane: the debits of some users on their way to the ledger, one batch at a time.
+
+queued    waits in the lane's queue; the next batch takes it
+in flight sent to the ledger, in a batch or alone, and no response yet
+skipped   the batch found its row locked; sent alone if there is a permit, else in a later batch
+parked    waits until an earlier debit of its user, sent alone or skipped, is settled; then queued
+settled   its caller has the outcome or a problem
+"""
 
 import asyncio
 import logging
