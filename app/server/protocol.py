@@ -55,6 +55,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._idle_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        transport = _JoiningTransport(transport)  # type: ignore[assignment]  # it has what is used
         super().connection_made(transport)
         self.flow = self._flow = _Flow(transport)
         excess = len(self.connections) - CONNECTIONS_MAX
@@ -179,6 +180,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
+        self.transport.flush()  # type: ignore[attr-defined]  # the head of a response without a body
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
@@ -321,6 +323,44 @@ class _Flow(FlowControl):
     def resume_reading(self) -> None:
         if not self._held:
             super().resume_reading()
+
+
+class _JoiningTransport:
+    """Writes the head of a response together with the start of its body.
+
+    uvicorn writes them one after the other. Each write is a system call and a packet, which the
+    client has to read: together they take 10 % of the processor time of a debit in a batch.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data = self._head + data
+            self._head = b""
+        elif data.startswith(b"HTTP/1.1 ") and not data.startswith(b"HTTP/1.1 1"):
+            self._head = data
+            return
+        self._transport.write(data)
+
+    def flush(self) -> None:
+        """Write a head that has no body."""
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
+
+    def write_eof(self) -> None:
+        self.flush()
+        self._transport.write_eof()
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
 
 
 class _LingeringTransport:
