@@ -15,8 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 CALLERS = 8
-# Faults of calls; certainly-not-executed faults would be rare without their weight.
-UPCOMING = [*[None] * 6, *FAULTS, *["pool exhausted", "statement timeout"] * 4]
+# Faults of calls. Faults before the call and lost responses would be rare without their weight.
+UPCOMING = [
+    *[None] * 6,
+    *FAULTS,
+    *["pool exhausted", "statement timeout"] * 4,
+    *["silent instead of the response", "proxy page instead of the response"] * 2,
+]
 FREQUENCIES_MIN = {"debited": 10, "ledger_unavailable": 8, "outcome_unknown": 10}
 
 Start = Callable[..., httpx.Client]
@@ -36,7 +41,7 @@ def test_responses_are_true_despite_faults(
         def post(user_id: int, key: str) -> httpx.Response:
             return post_debit(service, user_id, item_id, key)
 
-        @settings(HISTORIES, max_examples=15)
+        @settings(HISTORIES, max_examples=20)
         @given(faults=st.lists(st.sampled_from(UPCOMING), min_size=1, max_size=4))
         def play(faults: list[str | None]) -> None:
             nonlocal upcoming
