@@ -21,7 +21,9 @@ from devstack.products import create_products
 from devstack.server_account import temporary_folder
 
 # For `make mutants`, which only needs to know whether a property fails: no shrinking.
-settings.register_profile("mutants", phases=[Phase.generate], database=None, derandomize=True)
+settings.register_profile(
+    "mutants", phases=[Phase.explicit, Phase.generate], database=None, derandomize=True
+)
 
 
 POSTGRES_PARAMETERS = (

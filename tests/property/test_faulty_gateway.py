@@ -11,7 +11,7 @@ from client import post_debit
 from database import Database
 from faulty_gateway import FAULTS, FaultyGateway
 from histories import HISTORIES, assert_frequencies
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 CALLERS = 8
@@ -42,6 +42,7 @@ def test_responses_are_true_despite_faults(
             return post_debit(service, user_id, item_id, key)
 
         @settings(HISTORIES, max_examples=20)
+        @example(faults=["proxy page instead of the response", None])
         @given(faults=st.lists(st.sampled_from(UPCOMING), min_size=1, max_size=4))
         def play(faults: list[str | None]) -> None:
             nonlocal upcoming
