@@ -110,7 +110,8 @@ class RequestSpans:
             state: RequestState = scope["state"]
             carrier: dict[str, str] = {}
             _propagator.inject(carrier)
-            state["traceparent"] = carrier["traceparent"]
+            if traceparent := carrier.get("traceparent"):  # OTEL_SDK_DISABLED makes no context
+                state["traceparent"] = traceparent
             await self._app(scope, receive, send_and_record_status)
             record = state["record"]
             span.update_name(f"{method} {record.route}")

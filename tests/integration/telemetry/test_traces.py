@@ -82,7 +82,7 @@ class TracedApplication:
 
 @contextmanager
 def traced(
-    postgres_port: int, collector_url: str
+    postgres_port: int, collector_url: str, **variables: str
 ) -> Iterator[tuple[httpx.Client, TracedApplication]]:
     """Run the service with a collector and with dependencies that record trace contexts."""
     gateway_url = database_url(postgres_port, role="authenticator")
@@ -93,6 +93,7 @@ def traced(
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector_url,
         "OTEL_BSP_SCHEDULE_DELAY": "50",
         "DEBIT_BATCH_SIZE_MAX": "64",
+        **variables,
         **with_coverage(),
     }
     with (
@@ -179,6 +180,21 @@ def test_a_failing_collector_delays_no_request(
                 started = time.monotonic()
                 assert post_debit(service, user_id, item_id).status_code == 200
                 assert_below(time.monotonic() - started, 1)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"OTEL_SDK_DISABLED": "true"}, {"OTEL_TRACES_SAMPLER": "always_off"}],
+    ids=["disabled", "no samples"],
+)
+def test_debits_succeed_and_pass_the_trace_context_on_if_opentelemetry_makes_no_spans(
+    migrated_port: int, database: Database, variables: dict[str, str]
+) -> None:
+    headers = {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"}
+    with traced(migrated_port, "http://127.0.0.1:1", **variables) as (service, recorded):
+        response = post_debit(service, database.add_user(), database.add_item(), headers=headers)
+        assert response.status_code == 200
+    assert [header[3:35] for header in recorded.traceparents["debit_use"]] == [TRACE_ID]
 
 
 def test_no_span_contains_row_data_of_a_database_error(
