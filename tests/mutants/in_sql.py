@@ -6,18 +6,18 @@ SAME_ITEM = "(stored ->> 'item_id')::uuid is not distinct from debit.item_id"
 SAME_PRICE = "(stored ->> 'expected_price')::bigint is not distinct from debit.expected_price"
 SAME_ACTOR = "coalesce(stored ->> 'actor' = debit.actor, true)"
 USER_INACTIVE = "        when not debit.user_is_active then 'user_inactive'\n"
-ITEM_UNKNOWN = "        when debit.locked_item is null then 'item_not_found'\n"
-ITEM_INACTIVE = "        when not debit.item_is_active then 'item_inactive'\n"
-PRICE = "        when debit.price <> debit.expected_price then 'price_changed'\n"
-FUNDS = "        when debit.price > new_balance then 'insufficient_funds'\n"
+ITEM_UNKNOWN = "        when item_place is null then 'item_not_found'\n"
+ITEM_INACTIVE = "        when not items_are_active[item_place] then 'item_inactive'\n"
+PRICE = "        when price <> debit.expected_price then 'price_changed'\n"
+FUNDS = "        when price > new_balance then 'insufficient_funds'\n"
 BUSY_USER = "where card_id = debit.user_id and not debit.user_is_locked"
-BUSY_ITEM = "where id = debit.item_id and debit.locked_item is null"
+BUSY_ITEM = "where id = debit.item_id and item_place is null"
 WRITE = "    select * from unnest(entries);\n"
 
 OF_RULES = (
     (
         "no key is looked up",
-        "    if debit.key_is_known then\n",
+        "    if key_is_known then\n",
         "    if false then\n",
     ),
     ("a reused key is returned as a replay", "else 'idempotency_key_reused'", "else 'replayed'"),
@@ -62,7 +62,7 @@ OF_RULES = (
     ),
     (
         "declines are not stored",
-        "      declined := declined || debit.number::integer;\n",
+        "      declined := declined || debit;\n",
         "",
     ),
     (
@@ -72,7 +72,7 @@ OF_RULES = (
     ),
     (
         "the new price is not returned",
-        "jsonb_build_object('price', debit.price)",
+        "jsonb_build_object('price', price)",
         "'{}'",
     ),
     (
@@ -83,14 +83,13 @@ OF_RULES = (
     ("a decline's actor is not stored", "      request.actor\n    from", "      null\n    from"),
     (
         "an entry's actor is not stored",
-        "debit.expected_price, debit.actor\n      )::",
-        "debit.expected_price, null\n      )::",
+        "debit.expected_price, debit.actor\n      );",
+        "debit.expected_price, null\n      );",
     ),
     (
         "a free item costs one",
-        "      new_balance := new_balance - debit.price;\n",
-        "      new_balance := new_balance - greatest(debit.price, 1);\n"
-        "      debit.price := greatest(debit.price, 1);\n",
+        "      new_balance := new_balance - price;\n",
+        "      price := greatest(price, 1);\n      new_balance := new_balance - price;\n",
     ),
     ("the entry is not written", WRITE, WRITE.replace(";", " where false;")),
     (
@@ -100,17 +99,17 @@ OF_RULES = (
     ),
     (
         "the amount has the sign of the entry",
-        "        'amount', debit.price,\n",
-        "        'amount', -debit.price,\n",
+        "        'amount', price,\n",
+        "        'amount', -price,\n",
     ),
     (
         "the balance before the call is returned",
-        "        'new_balance', new_balance,\n        'created_at'",
-        "        'new_balance', debit.balance,\n        'created_at'",
+        "        'new_balance', new_balance,\n        'created_at', entry",
+        "        'new_balance', debit.balance,\n        'created_at', entry",
     ),
     (
         "the attempt is not the entry's id",
-        "coalesce(request.attempt, gen_random_uuid())",
+        "coalesce(debit.attempt, gen_random_uuid())",
         "gen_random_uuid()",
     ),
 )
@@ -161,8 +160,8 @@ OF_BATCHES = (
     ),
     (
         "debits of a user are decided in the opposite order",
-        "order by request.user_id, request.place\n",
-        "order by request.user_id, request.place desc\n",
+        "order by user_id, place\n",
+        "order by user_id, place desc\n",
     ),
     ("a busy debit is returned as declined", "result := 'busy';", "result := 'user_inactive';"),
     ("a batch waits for users", "for no key update skip locked", "for no key update"),
@@ -182,8 +181,8 @@ OF_BATCHES = (
     ),
     (
         "a repeat gets the outcome of the next repeat",
-        "outcomes[repetition.place] := repeated_outcomes[repetition.place];",
-        "outcomes[repetition.place] := repeated_outcomes[repeated[1].place];",
+        "outcomes[debit.place] := repeated_outcomes[debit.place];",
+        "outcomes[debit.place] := repeated_outcomes[repeated[1].place];",
     ),
     (
         "a user's entries continue those of the user before",

@@ -38,6 +38,7 @@ RULES: dict[tuple[str, str], dict[str, set[str]]] = {
     ("function", "public.audit_ledger"): CALLS,
     ("function", "ledger.append"): NO_ROLE,
     ("function", "ledger.charge"): NO_ROLE,
+    ("function", "ledger.debit"): NO_ROLE,
     ("type", "ledger.debit"): NO_ROLE,
     ("type", "ledger.entry"): NO_ROLE,
     ("function", "ledger.find_outcome"): NO_ROLE,

@@ -132,17 +132,18 @@ as $$
   where decline.user_id = user_id_input and decline.idempotency_key = idempotency_key_input
 $$;
 
--- Decide all debits of a call by the rules, in the order given, and write the results. One query
--- reads, and one statement per table writes (balances: one per user).
+-- Decide all debits of a call by the rules, in the order given, and write the results. Items are
+-- read by one query. Entries and declines are written by one statement each. The history is read by
+-- user, because Citus sends a statement to the node of the user only if it names one user.
 --
 -- The debits of a user follow each other, in the order of their places. The caller has locked the
 -- users of debits with user_is_locked, and nobody can remove the items in locked_items. A debit
 -- whose user or item exists but is not locked is busy. The result has each outcome at the place of
 -- its debit.
 --
--- PostgreSQL initialises each expression once per transaction. With three or four more expressions
--- here or in the triggers, the memory of a single debit passes 128 KiB, the allocator of glibc
--- returns it to the system after each call, and the call costs 10 % more (measured: page faults).
+-- PostgreSQL initialises each expression once per transaction. With many more expressions here or
+-- in the triggers, the memory of a single debit passes 128 KiB, the allocator of glibc returns it
+-- to the system after each call, and the call costs 10 % more (measured: page faults).
 create or replace function ledger.charge(
   debits ledger.debit[], locked_items uuid[]
 ) returns jsonb[]
@@ -152,76 +153,63 @@ set plan_cache_mode = force_generic_plan -- planning takes longer than running
 as $$
 declare
   decided_at timestamptz := clock_timestamp();
-  debit record;
+  debit ledger.debit;
   stored jsonb;
   result text;
-  -- What this call has decided so far for the user of the debit:
+  -- The items of the call; an item has the same place in all three:
+  item_ids uuid[];
+  prices bigint[];
+  items_are_active boolean[];
+  item_place integer;
+  price bigint;
+  -- What this call has read and decided so far for the user of the debit:
   charged_user bigint;
+  last_balance bigint;
   new_balance bigint;
   last_seq bigint;
+  last_created_at timestamptz;
   stored_keys text[];
+  key_is_known boolean;
   -- What this call writes:
   entries ledger.entry[];
   entry ledger.entry;
-  declined integer[];
+  declined ledger.debit[];
   repeated ledger.debit[];
-  repetition ledger.debit;
   repeated_outcomes jsonb[];
   outcomes jsonb[];
 begin
-  -- 1. Read. With "limit 1", the joined subqueries stay look-ups in an index.
-  for debit in
-    select
-      request.*,
-      coalesce(request.attempt, gen_random_uuid()) as entry_id,
-      greatest(decided_at, last_entry.created_at) as created_at,
-      coalesce(last_entry.seq, 0) as last_seq,
-      coalesce(last_entry.balance_after, 0) as last_balance,
-      item.id as locked_item,
-      item.active as item_is_active,
-      item.price,
-      coalesce(
-        (
-          select true from public."Transaction_History" as payment
-          where payment.user_id = request.user_id
-            and payment.idempotency_key = request.idempotency_key
-        ),
-        (
-          select true from ledger.declines as decline
-          where decline.user_id = request.user_id
-            and decline.idempotency_key = request.idempotency_key
-        )
-      ) as key_is_known
-    from unnest(debits) with ordinality as request (
-      place, user_id, item_id, idempotency_key, expected_price, attempt, actor, user_is_locked,
-      user_is_active, balance, number
-    )
-    left join lateral (
-      select seq, balance_after, created_at from public."Transaction_History"
-      where user_id = request.user_id
-      order by seq desc
-      limit 1
-    ) as last_entry on true
-    left join lateral (
-      select id, active, price from public."Items"
-      where id = request.item_id and id = any(locked_items)
-      limit 1
-    ) as item on true
-    order by request.number
-  loop
+  select array_agg(id), array_agg(item.price), array_agg(active)
+  into item_ids, prices, items_are_active
+  from public."Items" as item
+  where id = any(locked_items);
+
+  foreach debit in array debits loop
+    -- 1. Read.
     if debit.user_id is distinct from charged_user then
+      select seq, balance_after, created_at into last_seq, last_balance, last_created_at
+      from public."Transaction_History"
+      where user_id = debit.user_id
+      order by seq desc
+      limit 1;
       charged_user := debit.user_id;
       new_balance := debit.balance;
-      last_seq := debit.last_seq;
       stored_keys := '{}';
     elsif debit.idempotency_key = any(stored_keys) then
       -- The first debit with this key decides. Its outcome is stored below.
-      repeated := repeated || debits[debit.number];
+      repeated := repeated || debit;
       continue;
     end if;
+    perform from public."Transaction_History"
+    where user_id = debit.user_id and idempotency_key = debit.idempotency_key
+    union all
+    select from ledger.declines
+    where user_id = debit.user_id and idempotency_key = debit.idempotency_key;
+    key_is_known := found;
+    item_place := array_position(item_ids, debit.item_id);
+    price := prices[item_place];
 
     -- 2. Decide.
-    if debit.key_is_known then
+    if key_is_known then
       stored := ledger.find_outcome(debit.user_id, debit.idempotency_key);
       result := case
         when (stored ->> 'item_id')::uuid is not distinct from debit.item_id
@@ -233,16 +221,16 @@ begin
       result := case
         when not debit.user_is_locked then 'user_not_found'
         when not debit.user_is_active then 'user_inactive'
-        when debit.locked_item is null then 'item_not_found'
-        when not debit.item_is_active then 'item_inactive'
-        when debit.price <> debit.expected_price then 'price_changed'
-        when debit.price > new_balance then 'insufficient_funds'
+        when item_place is null then 'item_not_found'
+        when not items_are_active[item_place] then 'item_inactive'
+        when price <> debit.expected_price then 'price_changed'
+        when price > new_balance then 'insufficient_funds'
         else 'debited'
       end;
     end if;
 
     if result = 'debited' then
-      if debit.balance <> debit.last_balance then
+      if debit.balance <> coalesce(last_balance, 0) then
         raise exception using
           errcode = 'check_violation',
           message = format('the balance of user %s is not that of the last entry', debit.user_id),
@@ -251,22 +239,24 @@ begin
           table = 'Users',
           constraint = 'users_balance_is_last_entry';
       end if;
-      new_balance := new_balance - debit.price;
-      last_seq := last_seq + 1;
+      new_balance := new_balance - price;
+      last_seq := coalesce(last_seq, 0) + 1;
       stored_keys := stored_keys || debit.idempotency_key;
-      entries := entries || row(
-        debit.entry_id, debit.user_id, last_seq, 'debit', debit.item_id, -debit.price, new_balance,
-        debit.created_at, debit.idempotency_key, debit.expected_price, debit.actor
-      )::ledger.entry;
+      entry := row(
+        coalesce(debit.attempt, gen_random_uuid()), debit.user_id, last_seq, 'debit', debit.item_id,
+        -price, new_balance, greatest(decided_at, last_created_at), debit.idempotency_key,
+        debit.expected_price, debit.actor
+      );
+      entries := entries || entry;
       outcomes[debit.place] := jsonb_build_object(
         'outcome', result,
-        'transaction_id', debit.entry_id,
+        'transaction_id', entry.id,
         'user_id', debit.user_id,
         'item_id', debit.item_id,
         'expected_price', debit.expected_price,
-        'amount', debit.price,
+        'amount', price,
         'new_balance', new_balance,
-        'created_at', debit.created_at,
+        'created_at', entry.created_at,
         'replayed', false
       );
       continue;
@@ -275,7 +265,7 @@ begin
     if exists (
       select from public."Users" where card_id = debit.user_id and not debit.user_is_locked
     ) or exists (
-      select from public."Items" where id = debit.item_id and debit.locked_item is null
+      select from public."Items" where id = debit.item_id and item_place is null
     ) then
       result := 'busy';
     end if;
@@ -290,11 +280,11 @@ begin
       'replayed', false
     );
     if result = 'price_changed' then
-      outcomes[debit.place] := outcomes[debit.place] || jsonb_build_object('price', debit.price);
+      outcomes[debit.place] := outcomes[debit.place] || jsonb_build_object('price', price);
     end if;
     if debit.idempotency_key is not null
       and result not in ('busy', 'user_not_found', 'idempotency_key_reused') then
-      declined := declined || debit.number::integer;
+      declined := declined || debit;
       stored_keys := stored_keys || debit.idempotency_key;
     end if;
   end loop;
@@ -326,33 +316,33 @@ begin
       (outcomes[request.place] ->> 'price')::bigint,
       request.attempt,
       request.actor
-    from unnest(declined) as number
-    cross join lateral unnest(debits[number:number]) as request;
+    from unnest(declined) as request;
   end if;
 
   -- 4. A repeated key finds the outcome that step 3 has stored.
   if repeated is not null then
     repeated_outcomes := ledger.charge(repeated, locked_items);
-    foreach repetition in array repeated loop
-      outcomes[repetition.place] := repeated_outcomes[repetition.place];
+    foreach debit in array repeated loop
+      outcomes[debit.place] := repeated_outcomes[debit.place];
     end loop;
   end if;
   return outcomes;
 end
 $$;
 
-create or replace function public.debit_use(
+-- Charge one user for one item. With the user as its first argument, Citus can run the whole debit
+-- on the node of the user. Citus does not pass the lock_timeout of the caller on.
+create or replace function ledger.debit(
   user_id_input bigint,
   item_input uuid,
-  idempotency_key_input text default null,
-  expected_price_input bigint default null,
-  attempt_input uuid default null,
-  actor_input text default null
+  idempotency_key_input text,
+  expected_price_input bigint,
+  attempt_input uuid,
+  actor_input text
 ) returns jsonb
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
 set lock_timeout = '2s'
-set statement_timeout = '4s'
 as $$
 declare
   is_active boolean;
@@ -376,6 +366,31 @@ begin
 end
 $$;
 
+create or replace function public.debit_use(
+  user_id_input bigint,
+  item_input uuid,
+  idempotency_key_input text default null,
+  expected_price_input bigint default null,
+  attempt_input uuid default null,
+  actor_input text default null
+) returns jsonb
+language plpgsql volatile security definer
+set search_path = pg_catalog, pg_temp
+set lock_timeout = '2s'
+set statement_timeout = '4s'
+as $$
+begin
+  -- Citus sends a call of this form to the node of the user.
+  return (
+    select outcome from ledger.debit(
+      user_id_input, item_input, idempotency_key_input, expected_price_input, attempt_input,
+      actor_input
+    ) as debit (outcome)
+  );
+end
+$$;
+
+-- Users are locked one by one, because Citus refuses a lock on the rows of several nodes.
 create or replace function public.debit_use_batch(debits jsonb) returns jsonb
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -383,12 +398,18 @@ set lock_timeout = '100ms'
 set statement_timeout = '4s'
 as $$
 declare
-  locked_debits ledger.debit[];
+  request record;
+  locked_user bigint;
+  is_locked boolean := false;
+  is_active boolean;
+  balance_now bigint;
+  locked_debits ledger.debit[] := '{}';
+  item_ids uuid[] := '{}';
   locked_items uuid[];
 begin
   -- Lock the users in the order of their ids, so that no two batches wait for each other. Skip rows
   -- that another transaction has locked, so that one locked user does not delay the others.
-  with request as materialized (
+  for request in
     select * from rows from (
       jsonb_to_recordset(debits) as (
         user_id bigint, item_id uuid, idempotency_key text, expected_price bigint, attempt uuid,
@@ -397,37 +418,30 @@ begin
     ) with ordinality as request (
       user_id, item_id, idempotency_key, expected_price, attempt, actor, place
     )
-  ),
-
-  locked_user as materialized (
-    select users.card_id, users.active, users.balance
-    from (select distinct request.user_id from request order by request.user_id) as wanted
-    cross join lateral (
-      select card_id, active, balance from public."Users"
-      where card_id = wanted.user_id
-      for no key update skip locked
-    ) as users
-  )
-
-  select array_agg(
-    row(
+    order by user_id, place
+  loop
+    if request.user_id is distinct from locked_user then
+      locked_user := request.user_id;
+      select active, balance into is_active, balance_now from public."Users"
+      where card_id = locked_user
+      for no key update skip locked;
+      is_locked := found;
+    end if;
+    locked_debits := locked_debits || row(
       request.place, request.user_id, request.item_id,
       coalesce(request.idempotency_key, request.attempt::text), request.expected_price,
-      request.attempt, request.actor, locked_user.card_id is not null, locked_user.active,
-      locked_user.balance
-    )::ledger.debit
-    order by request.user_id, request.place
-  ) into locked_debits
-  from request
-  left join locked_user on request.user_id = locked_user.card_id;
+      request.attempt, request.actor, is_locked, is_active, balance_now
+    )::ledger.debit;
+    item_ids := item_ids || request.item_id;
+  end loop;
 
   -- The same lock that the foreign key of an entry takes. The foreign key would wait for it.
-  select array_agg(locked.id) into locked_items
+  select array_agg(id) into locked_items
   from (
-    select distinct debit.item_id from unnest(locked_debits) as debit order by debit.item_id
-  ) as wanted
-  cross join lateral (
-    select id from public."Items" where id = wanted.item_id for key share skip locked
+    select id from public."Items"
+    where id = any(item_ids)
+    order by id
+    for key share skip locked
   ) as locked;
   return coalesce(to_jsonb(ledger.charge(locked_debits, locked_items)), '[]');
 end
@@ -448,6 +462,8 @@ comment on function ledger.find_outcome is
 'Return the outcome stored for a key of a user as a replay, or null.';
 comment on function ledger.charge is
 'Decide all debits of a call by the rules of a debit, and write entries, balances and declines.';
+comment on function ledger.debit is
+'Lock a user and charge the user for an item; returns the outcome.';
 comment on function public.debit_use is
 'Charge a user for an item at its present price, in one transaction; returns the outcome.';
 comment on function public.debit_use_batch is
@@ -460,6 +476,7 @@ from public, anon, authenticated, service_role;
 revoke all on function
 ledger.find_outcome(bigint, text),
 ledger.charge(ledger.debit[], uuid[]),
+ledger.debit(bigint, uuid, text, bigint, uuid, text),
 public.debit_use(bigint, uuid, text, bigint, uuid, text),
 public.debit_use_batch(jsonb),
 public.find_payment(bigint, text)
