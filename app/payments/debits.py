@@ -1,7 +1,5 @@
 """The use case: charge a user for an item, exactly once."""
 
-from uuid import uuid4
-
 from app.auth.authentication import Caller
 from app.errors import (
     Forbidden,
@@ -16,7 +14,7 @@ from app.errors import (
 from app.event_loop import now
 from app.ledger.client import Ledger
 from app.ledger.group_commit import GroupCommit
-from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, may_be_seen_by
+from app.ledger.outcomes import Debit, Debited, KeyedDebit, Outcome, may_be_seen_by, new_attempt
 from app.products.cache import Products
 from app.telemetry.metrics import Metrics
 
@@ -105,7 +103,7 @@ class Debits:
             if callers_key is None:
                 raise
             return await self._replay(debit, callers_key, caller.actor, deadline, refusal)
-        attempt = str(uuid4())
+        attempt = new_attempt()
         keyed = KeyedDebit(debit, callers_key or attempt, attempt, caller.actor)
         return _charged(await self._group_commit.debit(keyed, deadline))
 
