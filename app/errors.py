@@ -267,7 +267,9 @@ class OutcomeUnknown(PaymentError):
     extension = KeyOfDebit
     money_moved = "unknown"
     title = "It is not known whether the user was charged"
-    meaning = "The service sent the debit to the database but got no response, and its retries failed too."
+    meaning = (
+        "The service sent the debit to the database, got no response, and its retries failed too."
+    )
     advice = (
         "Look up the outcome with GET /payments/outcome, or send the same debit again, with "
         "the idempotency_key of this problem. A debit with another key could charge the user a "
