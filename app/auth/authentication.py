@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jwt
 from cachetools import LRUCache
 
-from app.auth.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys, SameId, open_issuer_keys
+from app.auth.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys, KeysOfId, open_issuer_keys
 from app.errors import Forbidden, Unauthenticated
 from app.telemetry.metrics import Metrics
 
@@ -48,7 +48,7 @@ class Accepted(NamedTuple):
     """The result of an accepted token, for reuse; `expires_at` is in seconds since 1970."""
 
     key_id: str | None
-    keys: SameId
+    keys: KeysOfId
     expires_at: int
     caller: Caller
 
@@ -108,9 +108,9 @@ class Authentication:
             return None
         return known
 
-    def _read_claims(self, token: str, keys: SameId, algorithm: str) -> Mapping[str, Any]:
-        fitting = [key for key in keys if algorithm in key.algorithms]
-        for key in fitting or keys:
+    def _read_claims(self, token: str, keys: KeysOfId, algorithm: str) -> Mapping[str, Any]:
+        matching = [key for key in keys if algorithm in key.algorithms]
+        for key in matching or keys:
             try:
                 return self._decode(token, key)
             except jwt.InvalidSignatureError:
@@ -146,12 +146,12 @@ class Authentication:
             raise _invalid(OTHER_USE)
         if self._audience is None:
             return
-        named = claims.get("aud")
-        if named is None:
-            named = claims.get("client_id")
-        if named is None:
+        audiences = claims.get("aud")
+        if audiences is None:
+            audiences = claims.get("client_id")
+        if audiences is None:
             raise _invalid("The token lacks aud")
-        if self._audience not in (named if isinstance(named, list) else [named]):
+        if self._audience not in (audiences if isinstance(audiences, list) else [audiences]):
             raise _invalid("The token is for another audience")
 
     def _roles(self, claims: Mapping[str, Any]) -> list[str]:
@@ -210,8 +210,8 @@ def read_actor(claims: Mapping[str, Any]) -> str | None:
     return name or None
 
 
-def _member(thing: object, name: str | None) -> object:
-    return thing.get(name) if isinstance(thing, dict) else None
+def _member(value: object, name: str | None) -> object:
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def _read_token(authorization: str | None) -> str:

@@ -54,7 +54,7 @@ class IssuerKey(NamedTuple):
 
 # The keys of one id: some issuers publish one entry for each algorithm. If a refresh returns the
 # same keys, the object stays the same, so that accepted tokens need not be verified again.
-SameId = tuple[IssuerKey, ...]
+KeysOfId = tuple[IssuerKey, ...]
 
 
 class IssuerKeys:
@@ -81,7 +81,7 @@ class IssuerKeys:
         self._url = url
         self._age_seconds_max = age_seconds_max
         self._timeout_seconds = timeout_seconds
-        self._keys: dict[str | None, SameId] = {}
+        self._keys: dict[str | None, KeysOfId] = {}
         self._availability = Availability(
             logger,
             "the issuer's keys cannot be fetched from AUTH_JWKS_URL",
@@ -97,7 +97,7 @@ class IssuerKeys:
     def last_state(self) -> str:
         return self._availability.last_state
 
-    async def get(self, key_id: str | None) -> SameId | None:
+    async def get(self, key_id: str | None) -> KeysOfId | None:
         """Return the keys of an id; None if the issuer does not publish it.
 
         Raises:
@@ -130,7 +130,7 @@ class IssuerKeys:
             raise self._unavailable()
 
     async def keep_fresh(self) -> None:
-        """Fetch the keys now and then regularly, so that withdrawn keys are no longer used."""
+        """Fetch the keys at once and then at intervals, so that withdrawn keys become invalid."""
         retry_seconds = RETRY_SECONDS_MIN
         while True:
             try:
@@ -151,7 +151,7 @@ class IssuerKeys:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
 
-    def _find(self, key_id: str | None) -> SameId | None:
+    def _find(self, key_id: str | None) -> KeysOfId | None:
         # A token may omit the key id if the issuer publishes only one key:
         # https://openid.net/specs/openid-connect-core-1_0.html#Signing
         if key_id is None and len(self._keys) == 1:
@@ -182,8 +182,8 @@ class IssuerKeys:
         self._availability.record_success()
         known = self._keys
         self._keys = {
-            key_id: known[key_id] if known.get(key_id) == same_id else same_id
-            for key_id, same_id in keys.items()
+            key_id: known[key_id] if known.get(key_id) == keys_of_id else keys_of_id
+            for key_id, keys_of_id in keys.items()
         }
         return True
 
@@ -210,11 +210,11 @@ async def open_issuer_keys(url: str, metrics: Metrics) -> AsyncIterator[IssuerKe
             await keys.close()
 
 
-def _read_keys(document: object) -> dict[str | None, SameId]:
+def _read_keys(document: object) -> dict[str | None, KeysOfId]:
     """Read a JWK set; skip keys for other uses and of unknown types."""
     if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
         raise ValueError("the response is not a JWK set")  # noqa: TRY004 - of CALL_ERRORS
-    keys: dict[str | None, SameId] = {}
+    keys: dict[str | None, KeysOfId] = {}
     for published in document["keys"]:
         try:
             key = jwt.PyJWK(published)
@@ -226,8 +226,8 @@ def _read_keys(document: object) -> dict[str | None, SameId]:
             # An RSA key without `alg` may be used with every RSA algorithm.
             is_for_any_rsa = key.key_type == "RSA" and "alg" not in published
             algorithms = list(RSA_ALGORITHMS) if is_for_any_rsa else [key.algorithm_name]
-            same_id = keys.get(key.key_id, ())
-            keys[key.key_id] = (*same_id, IssuerKey(key.key, algorithms))
+            keys_of_id = keys.get(key.key_id, ())
+            keys[key.key_id] = (*keys_of_id, IssuerKey(key.key, algorithms))
     if not keys:
         raise ValueError("the JWK set has no key for checking signatures")
     return keys

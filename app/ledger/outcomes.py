@@ -93,7 +93,7 @@ class Debited(BaseModel):
         return self.transaction_id
 
     def matches(self, debit: Debit) -> bool:
-        """Tell whether this is the outcome of a request for the same debit."""
+        """Return whether this is the outcome of a request for the same debit."""
         return (
             self.user_id == debit.user_id
             and self.item_id == debit.item_id
@@ -133,7 +133,7 @@ class Declined(BaseModel):
         return outcome | {"members": members}
 
     def matches(self, debit: Debit) -> bool:
-        """Tell whether this is the outcome of a request for the same debit."""
+        """Return whether this is the outcome of a request for the same debit."""
         return self.item_id == debit.item_id and self.expected_price == debit.expected_price
 
     def problem(self) -> PaymentError:

@@ -40,5 +40,5 @@ class Retries:
 
 def _delay_seconds(calls: int) -> float:
     """Return an exponential delay with jitter, in seconds."""
-    most = min(FIRST_DELAY_SECONDS_MAX * 2 ** (calls - 1), DELAY_SECONDS_MAX)
-    return random.uniform(most / 2, most)  # noqa: S311 - a delay, not a secret
+    longest = min(FIRST_DELAY_SECONDS_MAX * 2 ** (calls - 1), DELAY_SECONDS_MAX)
+    return random.uniform(longest / 2, longest)  # noqa: S311 - a delay, not a secret

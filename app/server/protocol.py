@@ -160,7 +160,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             raise HeadersTooLarge
         super().on_headers_complete()
         self._head_bytes = 0
-        self.headers = []  # for the trailers, which are no headers (RFC 9110, section 6.5.1)
+        self.headers = []  # for the trailers, which are not headers (RFC 9110, section 6.5.1)
         if self._reserved:
             self.cycle.keep_alive = False
 
