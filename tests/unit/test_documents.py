@@ -8,8 +8,11 @@ import yaml
 from documents import COMMAND_LANGUAGES, DOCUMENTS, ROOT, blocks, name_of, prose
 
 import app
+from app.api import middleware, requests
 from app.errors import PROBLEMS
+from app.ledger.user_limits import WAITING_OF_USER_MAX
 from app.main import create_app
+from app.server import protocol
 from app.settings import Settings
 
 README = ROOT / "README.md"
@@ -30,6 +33,22 @@ PENDING = (
     "docs/scaling.md",
     "docs/security.md",
 )
+
+KIB = 1024
+LIMITS = {
+    "request line and headers": f"{protocol.HEAD_BYTES_MAX // KIB} KiB, "
+    f"{protocol.HEADERS_MAX} headers, {protocol.HEAD_SECONDS_MAX:.0f} s",
+    "address": f"{protocol.ESCAPES_MAX:,} percent-encoded characters",
+    "query": f"{middleware.QUERY_BYTES_MAX // KIB} KiB, {middleware.PARAMETERS_MAX} parameters",
+    "body": f"{requests.BODY_BYTES_MAX // KIB} KiB, {requests.FIELDS_MAX} fields, "
+    f"{requests.BODY_SECONDS_MAX:.0f} s",
+    "pipelined requests of a connection": f"{protocol.PIPELINED_MAX}",
+    "connections": f"{protocol.CONNECTIONS_MAX:,}, "
+    f"and {protocol.RESERVED_CONNECTIONS_MAX} more for "
+    + "`{}`, `{}` and `{}`".format(*protocol.PROBE_PATHS),
+    "waiting debits of one user": f"{WAITING_OF_USER_MAX}",
+    "waiting debits": "`DEBITS_WAITING_MAX`",
+}
 
 
 def anchors(document: Path) -> set[str]:
@@ -116,6 +135,11 @@ def test_the_readme_says_of_each_problem_whether_the_user_was_charged() -> None:
         _, codes, charged = (cell.strip() for cell in row.strip("|").split("|"))
         table |= dict.fromkeys(re.findall(r"`(\w+)`", codes), charged)
     assert table == {code: problem.money_moved for code, problem in PROBLEMS.items()}
+
+
+def test_the_documented_limits_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", section(API, "Limits"), re.MULTILINE)
+    assert dict(rows[2:]) == LIMITS
 
 
 def test_the_documented_variables_are_the_settings_with_their_defaults() -> None:
