@@ -83,8 +83,8 @@ OF_RULES = (
     ("a decline's actor is not stored", "      request.actor\n    from", "      null\n    from"),
     (
         "an entry's actor is not stored",
-        "debit.expected_price, debit.actor\n      );",
-        "debit.expected_price, null\n      );",
+        "debit.expected_price, debit.actor\n      )::",
+        "debit.expected_price, null\n      )::",
     ),
     (
         "a free item costs one",
@@ -104,8 +104,8 @@ OF_RULES = (
     ),
     (
         "the balance before the call is returned",
-        "        'new_balance', new_balance,\n        'created_at', entry",
-        "        'new_balance', debit.balance,\n        'created_at', entry",
+        "        'new_balance', new_balance,\n        'created_at', entry_at",
+        "        'new_balance', debit.balance,\n        'created_at', entry_at",
     ),
     (
         "the attempt is not the entry's id",
