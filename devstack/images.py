@@ -71,7 +71,7 @@ def running_stack() -> Iterator[int]:
     ):
         assert stack.stdout is not None  # noqa: S101 - it is a pipe
         try:
-            if not any("Ctrl-C stops all" in line for line in stack.stdout):
+            if not any("Ctrl-C stops" in line for line in stack.stdout):
                 sys.exit("The dev stack did not start; its message is above.")
             yield ports[0]
         finally:

@@ -1,7 +1,10 @@
 """The screenshot for the documentation: small, and made again by one command."""
 
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,12 +28,13 @@ def size(image: Path) -> tuple[int, int]:
 def test_the_command_takes_the_screenshot_of_a_debit(tmp_path: Path) -> None:
     find_program(*BROWSERS)
     new = tmp_path / "swagger.png"
-    subprocess.run(
-        [sys.executable, "-m", "devstack.images", str(new)],
-        env=without_coverage(),
-        check=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-m", "devstack.images", str(new)]
+    with subprocess.Popen(command, env=without_coverage(), start_new_session=True) as process:
+        try:
+            assert process.wait(120) == 0
+        finally:
+            with suppress(ProcessLookupError):  # it has ended, and its stack too
+                os.killpg(process.pid, signal.SIGTERM)
     width, height = size(new)
     assert width == size(IMAGE)[0]
     assert height > width
