@@ -4,6 +4,6 @@ import os
 
 __version__ = "0.1.0"
 
-# Nothing here needs these, and at its import OpenTelemetry fails on values that it does not know.
+# The service does not use these variables. At import, OpenTelemetry fails on unknown values.
 for name in ("OTEL_PROPAGATORS", "OTEL_PYTHON_CONTEXT", "OTEL_PYTHON_TRACER_PROVIDER"):
     os.environ.pop(name, None)

@@ -10,15 +10,15 @@ from app.server.server import serve
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m app",
-        description="Start the payment service. Its settings are in the environment or in .env; "
-        "README.md and .env.example explain them.",
+        description="Start the payment service. It reads its settings from the environment and "
+        "from .env; README.md and .env.example describe them.",
     )
     parser.add_argument("--host", help="address to listen on (default: all, IPv4 and IPv6)")
-    parser.add_argument("--port", type=_port, default=8002, help="default: %(default)s")
+    parser.add_argument("--port", type=_port, default=8002, help="port (default: %(default)s)")
     parser.add_argument(
         "--root-path",
         default="",
-        help="prefix that a proxy removes from the path, such as /pay; the pages work without it",
+        help="path prefix that a proxy removes, such as /pay; /docs also works without this option",
     )
     options = parser.parse_args(arguments)
     with suppress(KeyboardInterrupt):

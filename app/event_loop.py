@@ -1,4 +1,4 @@
-"""The event loop: its clock, and work in the background of a block."""
+"""The event loop's clock, and tasks in the background of a block."""
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def now() -> float:
-    """Return the time of the event loop's clock, in seconds; all deadlines are such times."""
+    """Return the event loop's time in seconds; all deadlines are times of this clock."""
     return asyncio.get_running_loop().time()
 
 
 @asynccontextmanager
 async def background_task(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run something until the block ends, which cancels it."""
+    """Run a coroutine in the background, and cancel it at the end of the block."""
     task = asyncio.create_task(work)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The composition: settings, clients, use cases and the application that they serve."""
+"""The composition of the service: settings, clients, use cases and the application."""
 
 import gc
 import logging
@@ -26,7 +26,7 @@ from app.telemetry.metrics import Metrics
 from app.telemetry.request_record import RequestRecorder
 from app.telemetry.tracing import exported_traces
 
-GARBAGE_THRESHOLD = 5_000  # objects; higher takes memory and gains nothing
+GARBAGE_THRESHOLD = 5_000  # objects; a higher value uses more memory and is not faster
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 def create_app(
     settings: Settings | None = None, *, call_timeout_seconds: float = CALL_TIMEOUT_SECONDS
 ) -> FastAPI:
-    """Return the application; it reads its settings when the server starts it, unless given some.
+    """Return the application; without `settings`, it reads them when the server starts it.
 
-    `call_timeout_seconds` limits one call of the ledger.
+    `call_timeout_seconds` limits one call to the ledger.
     """
 
     @asynccontextmanager
@@ -62,7 +62,7 @@ def create_app(
 
 @asynccontextmanager
 async def open_services(settings: Settings, call_timeout_seconds: float) -> AsyncIterator[Services]:
-    """Open everything that the routes work with, and close it after the block."""
+    """Open the services that the routes use, and close them after the block."""
     metrics = Metrics()
     async with (
         open_products(

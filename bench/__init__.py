@@ -1,1 +1,1 @@
-"""Measure how fast the service is, beside its peers and beside earlier revisions."""
+"""Measurements of the service, compared with its peers and with earlier revisions."""

@@ -1,11 +1,11 @@
-"""Measure debits through the service beside its peers, print ratios, and check the ledger.
+"""Compare the speed of the service with its peers, print ratios, and check the ledger.
 
-With --against, measure the working tree beside an earlier revision instead. That revision runs from
-a temporary git worktree, with its own migrations on its own Postgres; the Python packages are those
-of the current environment, and gateway and products service those of the working tree. Each case is
-measured three times in turns: debits/s, CPU time of the service and CPU time of Postgres per debit.
+With --against, compare the working tree with an earlier revision instead. That revision runs from
+a temporary git worktree, with its own migrations on its own Postgres. Both revisions use the Python
+packages of the current environment, and the gateway and products service of the working tree. Each
+case is measured three times in turns: debits/s, and CPU time per debit of the service and Postgres.
 
-The exit status is 1 if the ledger disagrees with the responses, or if a target is missed.
+The exit status is 1 if the ledger does not match the responses, or if a target is missed.
 """
 
 import argparse

@@ -9,16 +9,16 @@ import aiohttp
 from bench.stack import FIRST_USER, ITEMS, USERS, item_id
 
 CONNECTIONS_MAX = 128
-IN_FLIGHT_MAX = 1000  # a debit above this fails at once
-RESPONSE_SECONDS_MAX = 10.0  # longer than any response of the service takes
-RANDOM = random.Random()  # noqa: S311 - it spreads load and protects nothing
+IN_FLIGHT_MAX = 1000  # further debits fail at once
+RESPONSE_SECONDS_MAX = 10.0  # longer than the service takes for a response
+RANDOM = random.Random()  # noqa: S311 - for the load, not for secrets
 
 
 class Arrivals:
-    """Send debits of many users as a Poisson process for a number of seconds.
+    """Sends debits of many users as a Poisson process for a number of seconds.
 
-    The debits go to this machine only. A debit that finds no connection free waits, and its latency
-    counts from its arrival.
+    The debits are sent only to this machine. If no connection is free, a debit waits; its latency
+    is measured from its arrival.
     """
 
     def __init__(self, port: int, rate: float, seconds: float) -> None:
@@ -32,7 +32,7 @@ class Arrivals:
     def run(self) -> None:
         """Send the debits, and return after the last response."""
 
-        # The default selector has a resolution of milliseconds, so debits would arrive together.
+        # The default selector has a resolution of milliseconds: debits would arrive in groups.
         def loop() -> asyncio.AbstractEventLoop:
             return asyncio.SelectorEventLoop(selectors.SelectSelector())
 

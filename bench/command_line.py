@@ -36,7 +36,7 @@ def _seconds(text: str) -> int:
 
 @contextmanager
 def readable_failures() -> Iterator[None]:
-    """End the program with one line if a part fails, or when a signal stops it."""
+    """Exit with a one-line message if the block fails, or if a signal stops it."""
     if shutil.which("wrk") is None:
         sys.exit("bench: wrk is missing; install it (Debian: apt-get install wrk).")
     for number in STOP_SIGNALS:
@@ -50,7 +50,7 @@ def readable_failures() -> Iterator[None]:
 
 
 def _stop(*_: object) -> None:
-    """Leave every block of the program; a second signal does not interrupt the clean-up."""
+    """Stop the program; further signals do not interrupt the clean-up."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     os.write(

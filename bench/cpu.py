@@ -21,7 +21,7 @@ def cpu_seconds(process_id: int) -> float:
 
 
 def postgres_cpu_seconds(data_directory: Path) -> float:
-    """Return the CPU time of all processes of a Postgres cluster, including those that ended."""
+    """Return the CPU time of all processes of a Postgres cluster, including ended processes."""
     postmaster = int((data_directory / "postmaster.pid").read_text().partition("\n")[0])
     fields = _read_fields(postmaster)
     ended = (fields[ENDED_CHILDREN_USER] + fields[ENDED_CHILDREN_KERNEL]) / TICKS_PER_SECOND

@@ -1,7 +1,7 @@
-"""Debits through the functions of the database, called as PostgREST calls them.
+"""Debits by calls to the database functions, in the way in which PostgREST calls them.
 
-A call is a transaction of three parts: begin, the settings of the request, and a statement that
-reads the arguments from JSON. Both statements are prepared.
+A call is a transaction of two prepared statements: the first sets the settings of the request, the
+second reads the arguments from JSON and calls the function.
 """
 
 import json
@@ -66,14 +66,14 @@ class CallCase:
 
 @dataclass(frozen=True)
 class CallCost:
-    """Debits of a measurement, and CPU time of all processes of Postgres meanwhile."""
+    """Debits of a measurement, and the CPU time of all Postgres processes during it."""
 
     debits: int
     cpu_seconds: float
 
 
 class DatabaseCalls:
-    """A connection that calls the functions in the form that the revision's service uses."""
+    """A connection that calls the functions with the arguments of the revision's service."""
 
     def __init__(self, connection: psycopg.Connection, stack: Stack) -> None:
         row = connection.execute(PARAMETERS_SQL).fetchone()
@@ -83,12 +83,12 @@ class DatabaseCalls:
         self._stack = stack
 
     def measure(self, case: CallCase, seconds: float, seed: int) -> CallCost:
-        """Call for some seconds; the same seed draws the same users and items.
+        """Call the functions for some seconds; the same seed gives the same users and items.
 
         Raises:
             BenchFailed: a debit did not succeed.
         """
-        draw = random.Random(seed)  # noqa: S311 - it spreads load and protects nothing
+        draw = random.Random(seed)  # noqa: S311 - for the load, not for secrets
         debits = 0
         before = postgres_cpu_seconds(self._stack.data_directory)
         end = time.monotonic() + seconds
@@ -141,7 +141,7 @@ class DatabaseCalls:
 
 @contextmanager
 def database_calls(stack: Stack) -> Iterator[DatabaseCalls]:
-    """Connect as PostgREST does, as `authenticator`, with prepared statements."""
+    """Connect like PostgREST: as `authenticator`, with prepared statements."""
     url = database_url(stack.postgres_port, role="authenticator")
     with psycopg.connect(url, autocommit=True, prepare_threshold=0) as connection:
         yield DatabaseCalls(connection, stack)

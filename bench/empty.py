@@ -1,4 +1,4 @@
-"""An endpoint that does nothing: the cost of FastAPI itself with models of the same fields."""
+"""An endpoint without any work: the cost of FastAPI itself, with models of the same fields."""
 
 from datetime import UTC, datetime
 from uuid import UUID

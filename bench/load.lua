@@ -1,4 +1,4 @@
--- Requests of wrk; PROFILE and TARGET are environment variables. Prints the result as JSON.
+-- Create the requests of wrk; the environment has PROFILE and TARGET. Print the result as JSON.
 
 local profile = os.getenv("PROFILE")
 local target = os.getenv("TARGET")

@@ -1,4 +1,4 @@
-"""Measurements of minutes: memory over a million debits, speed with ten million ledger entries."""
+"""Long measurements: memory during a million debits, and speed with ten million ledger entries."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ FIRST_USER = 1_000_001
 OPENING = 1_000_000
 ROUNDS = 3
 
-# A superuser may bypass the triggers; the rows are those that the triggers would have written.
+# A superuser can disable the triggers. The rows equal those that the triggers would have written.
 LEDGER_SQL = f"""
 set session_replication_role = replica;
 insert into public."Users" (card_id, name, balance)
@@ -45,7 +45,7 @@ analyze public."Users", public."Transaction_History";
 
 
 def soak(bench: Bench, server: Server, debits: int) -> None:
-    """Send debits until that many succeeded, and print the memory of the service on the way."""
+    """Send debits until `debits` have succeeded; print the memory of the service repeatedly."""
     endpoint = Endpoint(server.port, server.process_id)
     completed = 0
     while completed < debits:
@@ -85,9 +85,13 @@ def main() -> None:
     """Run the measurement that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m bench.long", description=__doc__)
     parser.add_argument("measurement", choices=["soak", "growth"])
-    parser.add_argument("--debits", type=int, default=1_000_000, help="of soak (%(default)s)")
+    parser.add_argument(
+        "--debits", type=int, default=1_000_000, help="for soak (default: %(default)s)"
+    )
     add_seconds(parser, 10)
-    parser.add_argument("--minutes-max", type=float, default=20, help="then stop (%(default)s)")
+    parser.add_argument(
+        "--minutes-max", type=float, default=20, help="time limit (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     limit = threading.Timer(60 * arguments.minutes_max, os.kill, (os.getpid(), signal.SIGINT))
     limit.daemon = True

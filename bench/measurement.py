@@ -1,4 +1,4 @@
-"""Sequential measurements on a stack, each compared with the ledger."""
+"""Measurements on a stack, one after the other; each is compared with the ledger."""
 
 import tempfile
 import time
@@ -39,7 +39,7 @@ class Result:
     p99: float = 0
     completed: int = 0  # requests that returned success
     failed: int = 0
-    entries: int = 0  # debits in the ledger afterwards that were not there before
+    entries: int = 0  # new debits in the ledger
 
 
 class Bench:
@@ -59,7 +59,7 @@ class Bench:
         entries = self.count_debits_at_rest(endpoint.process_id) - before
         result = Result(**vars(sent) | {"entries": entries})
         self.keep(result)
-        # Debits that are in flight when wrk stops are written, but wrk does not count them.
+        # Debits that are in flight when wrk stops have an entry, but wrk does not count them.
         most = result.completed + result.failed + connections
         if profile != REPLAYS and not result.completed <= entries <= most:
             self.faults.append(
@@ -128,7 +128,7 @@ class Bench:
     def count_debits_at_rest(self, *process_ids: int) -> int:
         """Return the number of debits once Postgres, gateway and the processes are idle.
 
-        A server without limits works on requests for seconds after their clients disconnected.
+        A server without limits continues for seconds with requests whose clients disconnected.
         """
         watched = (self.stack.gateway_process_id, *process_ids)
         previous = None
@@ -141,7 +141,7 @@ class Bench:
             time.sleep(REST_SECONDS)
 
     def audit(self) -> None:
-        """Add what the ledger's own audit finds to the faults."""
+        """Add the findings of `audit_ledger` to the faults."""
         with psycopg.connect(database_url(self.stack.postgres_port)) as connection:
             for user_id, fault in connection.execute("select * from public.audit_ledger()"):
                 self.faults.append(f"audit of user {user_id}: {fault}")

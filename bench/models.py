@@ -1,4 +1,4 @@
-"""Request and response of the peers that are written with FastAPI alone."""
+"""Request and response of the peers that use only FastAPI."""
 
 from datetime import datetime
 from uuid import UUID

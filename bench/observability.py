@@ -1,4 +1,4 @@
-"""Cost of metrics, log, traces and tokens: the service with and without them, in turns."""
+"""The cost of metrics, logs, traces and tokens: the service with and without them, in turns."""
 
 import json
 import os
@@ -21,15 +21,15 @@ from bench.wrk import SPREAD_OUT, Endpoint
 
 ROUNDS = 5
 KEY_ID = "bench"
-PUBLISHED_KEYS = os.environ.get("PUBLISHED_KEYS", "").encode()  # set for the process of `sink`
+PUBLISHED_KEYS = os.environ.get("PUBLISHED_KEYS", "").encode()  # set in the process of `sink`
 CONNECTIONS = 128
-RATIO_TO_SILENT_MIN = 0.9  # times, with any of them
+RATIO_TO_SILENT_MIN = 0.9  # of debits/s, for each variant
 
 UNOBSERVED = Program(("bench.unobserved", *SERVICE.arguments[1:]), SERVICE.ready_path)
 
 
 async def sink(scope: Scope, receive: Receive, send: Send) -> None:
-    """Respond as a collector, which discards spans, and as an issuer, which publishes keys."""
+    """Respond like a collector that discards spans, and like an issuer that publishes keys."""
     if scope["type"] == "http":
         while (await receive()).get("more_body"):
             pass
@@ -47,7 +47,7 @@ class Cost:
 
 
 class Variant:
-    """The service with some of its observability, and its speed under load."""
+    """The service with a part of its observability, and its speed under load."""
 
     def __init__(
         self, name: str, program: Program = SERVICE, token: str = "", **settings: str

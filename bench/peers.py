@@ -19,7 +19,7 @@ RPC = "the RPC directly"
 PGBENCH = "pgbench"
 MEMORY_FACT = "MiB resident after the load"
 
-# Compared at 128 connections: profile, peer, and the lowest ratio that is good enough.
+# Targets at 128 connections: profile, peer, and the lowest ratio that meets the target.
 TARGETS = (
     (SPREAD_OUT, PLAIN, 12.0),
     (SPREAD_OUT, EMPTY, 0.6),
@@ -90,7 +90,7 @@ class PeerComparison(Bench):
             self.facts[f"{peer.name}: {MEMORY_FACT}"] = int(kibibytes) // 1024
 
     def print_ratios(self) -> None:
-        """Print how the service compares with its peers, and which targets it misses."""
+        """Print the ratios of the service to its peers, and the targets that it misses."""
         print("\nservice at 128 connections, times as fast as")
         for profile, peer, least in TARGETS:
             ratio = self._ratio(peer, profile)
@@ -126,7 +126,7 @@ class PeerComparison(Bench):
         return divide(ours, self.find(peer, profile, connections).per_second)
 
     def _verdict(self, is_met: bool) -> str:
-        """Return the mark of a target that is missed, and count it."""
+        """Return a mark if a target is missed, and count the target."""
         self.targets_missed += not is_met
         return "" if is_met else "  MISSED"
 

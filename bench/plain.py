@@ -1,4 +1,4 @@
-"""A plain implementation, for comparison.
+"""A plain implementation of the service, for comparison.
 
 It calls `debit_use` with a generated key through a synchronous Supabase client in an async route,
 and calls the products service with a client that it creates for each request.

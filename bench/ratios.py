@@ -11,7 +11,7 @@ Subject = TypeVar("Subject")
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratio of two measurements, of which each was repeated."""
+    """The ratio of two measurements that were both repeated."""
 
     median: float
     lowest: float
@@ -40,15 +40,15 @@ class Comparison:
 
 
 def in_turns(subjects: Sequence[Subject], number: int) -> Sequence[Subject]:
-    """Return the subjects in their order for even numbers, else in the reverse order.
+    """Return the subjects in their order for even numbers, otherwise in the reverse order.
 
-    Thus, the order does not favor a subject.
+    The order therefore favors no subject.
     """
     return subjects[::-1] if number % 2 else subjects
 
 
 def divide(numerator: float, denominator: float) -> float:
-    """Return the quotient; infinity if the denominator is 0, as debits/s of a slow peer can be."""
+    """Return the quotient, or infinity if the denominator is 0, such as debits/s of a slow peer."""
     return numerator / denominator if denominator else math.inf
 
 

@@ -1,6 +1,6 @@
-"""Several processes of the service on one database: throughput, batches and CPU per debit.
+"""Measure several processes of the service on one database: throughput, batches, CPU per debit.
 
-With --rate, one process at fixed rates: the cost of a debit in a process below its capacity.
+With --rate, measure one process at fixed rates: the cost of a debit below its capacity.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from bench.stack import SERVICE, Server, running_server, running_stack
 from bench.wrk import HOT_USER, SPREAD_OUT, Endpoint
 
 PROCESSES = (1, 2, 3)
-CONNECTIONS = 128  # over all processes together
+CONNECTIONS = 128  # of all processes together
 RATE_MAX = 2000
 RATES_MAX = 20
 WARM_UP_RATE = 100
@@ -37,12 +37,12 @@ COST_HEADER = (
 
 @dataclass(frozen=True)
 class Totals:
-    """Counters of all processes since their start; one measurement is a difference of two."""
+    """Counters of all processes since their start; a measurement is the difference of two."""
 
     sent: float  # debits in calls to the ledger; a debit whose user was busy is sent again
     calls: float
     single_calls: float
-    returned: float  # payments, also replayed ones; no declines and errors
+    returned: float  # payments, including replays; without declines and errors
     service_seconds: float  # CPU time
     postgres_seconds: float  # CPU time
 
@@ -53,7 +53,7 @@ class Totals:
 
 
 class Replicas(Bench):
-    """The same load on one, two and three processes, or fixed rates on one process."""
+    """Measures the same load on one, two and three processes, or fixed rates on one process."""
 
     def run(self) -> None:
         """Measure each number of processes."""
@@ -83,7 +83,7 @@ class Replicas(Bench):
         before = self._total(servers)
         with ThreadPoolExecutor(count) as threads:
             loads = [
-                # The number of connections is wrk's seed: no two may have the same.
+                # The number of connections is the seed of wrk, so it must differ.
                 threads.submit(
                     self.send,
                     "service",
@@ -149,7 +149,7 @@ class Replicas(Bench):
         return Totals(
             sent=sums["payment_batch_size_sum"],
             calls=sums["payment_batch_size_count"],
-            # A counter with labels does not exist before it first counts.
+            # A counter with labels does not exist before its first event.
             single_calls=sums.get(SINGLE_CALLS, 0),
             returned=sums.get(DEBITED, 0) + sums.get(REPLAYED, 0),
             service_seconds=sum(cpu_seconds(server.process_id) for server in servers),

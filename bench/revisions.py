@@ -1,4 +1,4 @@
-"""Compare the working tree with an earlier revision, in turns, each on a stack of its own."""
+"""Comparison of the working tree with an earlier revision: in turns, each on its own stack."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -49,7 +49,7 @@ class Revision:
         case = f"{profile}, {connections} connection{'s' if connections > 1 else ''}"
         return [
             Sample(self.name, PER_SECOND, case, result.per_second),
-            # Debits that were in flight when wrk stopped took CPU time too, and have an entry.
+            # Debits in flight when wrk stopped also took CPU time, and have an entry.
             Sample(self.name, SERVICE_CPU, case, seconds / result.entries * 1e6),
         ]
 
@@ -69,7 +69,7 @@ class Revision:
 
 
 class RevisionComparison:
-    """One run of the working tree and an earlier revision."""
+    """One comparison of the working tree with an earlier revision."""
 
     def __init__(self, revision: str, seconds: int) -> None:
         self.revision = revision

@@ -1,4 +1,4 @@
-"""Dependencies of a service (Postgres with data, gateway, products service), and the service."""
+"""The dependencies of a service (Postgres with data, gateway, products service), and a service."""
 
 import sys
 import tempfile
@@ -21,7 +21,7 @@ from devstack.keys import SERVICE_ROLE_KEY
 from devstack.postgres import apply_migrations, database_url, running_postgres
 from devstack.server_account import temporary_folder
 
-LOG_SHOWN_MAX = 10_000  # characters, of a server that failed
+LOG_SHOWN_MAX = 10_000  # characters of the log of a failed server
 FIRST_USER = 10_000
 USERS = 5_000
 ITEMS = 20

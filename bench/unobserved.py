@@ -1,6 +1,6 @@
 """Run the service with metrics that do nothing, to measure the cost of metrics.
 
-It takes the arguments of `python -m app`.
+The arguments are those of `python -m app`.
 """
 
 import runpy

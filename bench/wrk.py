@@ -20,7 +20,7 @@ PROFILES = (SPREAD_OUT, HOT_USER, HOT_ITEM, REPLAYS)
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where debits are sent: the service's API, or the RPC at the gateway."""
+    """The target of debits: the API of a service, or the RPC of the gateway."""
 
     port: int
     process_id: int

@@ -1,1 +1,1 @@
-"""The dependencies of the service on a laptop, for development and tests; not part of the image."""
+"""The service's dependencies for development and tests on a laptop; not part of the image."""

@@ -1,4 +1,4 @@
-"""The command `python -m devstack`; Ctrl-C stops it with one line, even during imports."""
+"""The command `python -m devstack`; Ctrl-C stops it without a traceback, even during imports."""
 
 import signal
 import sys
@@ -21,7 +21,7 @@ def main() -> None:
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> None:
-    """Begin to stop, and ignore further signals, so that every process stops in order."""
+    """Start to stop, and ignore further signals, so that the processes stop in order."""
     del number, frame
     for other in SIGNALS:
         signal.signal(other, signal.SIG_IGN)

@@ -41,7 +41,7 @@ def main() -> None:
     if faults:
         sys.exit(f"{len(faults)} faults in the ledger.")
     users, entries, total = counts or (0, 0, 0)
-    print(f"The ledger adds up: {users} users, {entries} entries, balances of {total} in all.")
+    print(f"The ledger has no faults: {users} users, {entries} entries, total balance {total}.")
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ def main() -> None:
     # Not an argument: other users of the machine can read arguments, and the URL has a password.
     url = os.environ.get("DATABASE_URL")
     if not url:
-        sys.exit("Name the database: DATABASE_URL=postgresql://... make check-database")
+        sys.exit("Set DATABASE_URL: DATABASE_URL=postgresql://... make check-database")
     (file,) = (SUPABASE_DIRECTORY / "migrations").glob("*_check.sql")
-    # Without the surrounding statements, which begin a transaction and create a schema.
+    # Only the block, without the statements around it that begin a transaction and create a schema.
     _, check, _ = file.read_text().split("$check$")
     try:
         with psycopg.connect(url, connect_timeout=5) as connection:

@@ -174,7 +174,7 @@ async def _run(
     )
     source = sql.SQL("{} as result").format(call)
     if given:
-        # Postgres parses the values, so that its own messages are returned and no digit is lost.
+        # Postgres parses the values, so that its own messages are returned and numbers are exact.
         columns = sql.SQL(", ").join(
             sql.SQL("{} {}").format(sql.Identifier(arg), sql.SQL(kind)) for arg, kind in given
         )

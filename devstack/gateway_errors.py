@@ -20,7 +20,7 @@ STATUS_BY_CODE = {
 
 
 class GatewayError(Exception):
-    """A response other than the result of the function."""
+    """An error response instead of the result of the function."""
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ ANONYMOUS = "anon"
 
 
 def read_claims(headers: Mapping[str, str], secret: str) -> dict[str, object]:
-    """Return the claims of the token in Authorization or apikey; the role is `anon` without one.
+    """Return the claims of the token in Authorization or apikey; without a token, the role `anon`.
 
     Raises:
         GatewayError: the token is malformed, not signed with the secret, or expired.

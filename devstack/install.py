@@ -1,7 +1,7 @@
 """Create .venv, install the requirements and show the progress of pip.
 
-It runs before anything is installed, so it uses the standard library only. A file in .venv marks a
-completed installation; make compares its time with that of the requirements.
+It runs before anything is installed, so it uses only the standard library. A file in .venv marks a
+completed installation; make compares its time with the time of the requirements.
 """
 
 import importlib.util
@@ -50,7 +50,7 @@ class Progress:
         start = "\r\033[K" if terminal else ""
         end = "" if terminal else "\n"
         while not self.ended.wait(SECONDS_BETWEEN_LINES[terminal]):
-            text = f"  {self.fetched} packages fetched{self.current}"
+            text = f"  {self.fetched} packages downloaded{self.current}"
             if not self.fetched:
                 text = f"  {self.first_step}"
             if self.total:
@@ -64,13 +64,13 @@ def main() -> int:
     """Create the environment; return the exit status of the first program that fails, or 0."""
     if importlib.util.find_spec("ensurepip") is None:
         print(
-            f"{sys.executable} cannot make virtual environments. Install what it lacks "
+            f"{sys.executable} cannot create virtual environments. Install the module venv "
             "(Debian, Ubuntu: apt install python3-venv).",
             file=sys.stderr,
         )
         return 1
     print(f"Installing packages into {VENV}; the first time takes about a minute ...")
-    # If the mark is missing, an earlier installation was interrupted; its remains are deleted.
+    # Without the mark, an earlier installation may have been interrupted; its files are deleted.
     clear = [] if MARK.exists() else ["--clear"]
     MARK.unlink(missing_ok=True)
     venv = [sys.executable, "-m", "venv", *clear, str(VENV)]
@@ -120,6 +120,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted; the next make installs again.")
+        sys.exit("\nInterrupted. Run make again to install the packages.")
     except OSError as error:
         sys.exit(f"The packages cannot be installed: {error}")

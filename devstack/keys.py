@@ -1,4 +1,4 @@
-"""The public secret and keys of local Supabase CLI projects; they protect nothing."""
+"""The public secret and keys of local Supabase CLI projects; never use them in production."""
 
 JWT_SECRET = "super-secret-jwt-token-with-at-least-32-characters-long"  # noqa: S105 - public
 

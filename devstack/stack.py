@@ -33,7 +33,7 @@ COFFEE = "550e8400-e29b-41d4-a716-446655440000"
 
 
 class StackFailed(Exception):
-    """The stack cannot start or continue; the message says why and what to do."""
+    """The stack cannot start or continue; the message says why, and what to do."""
 
 
 def run() -> str:
@@ -49,8 +49,8 @@ def run() -> str:
         return f"devstack: {error}"
     except psycopg.Error as error:
         return (
-            f"devstack: the database: {str(error).strip()}\n"
-            f"To start afresh, delete {arguments.data}."
+            f"devstack: database error: {str(error).strip()}\n"
+            f"Delete {arguments.data} to start with new data."
         )
     except OSError as error:
         return f"devstack: {error.filename or arguments.data}: {error.strerror}."
@@ -58,22 +58,22 @@ def run() -> str:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m devstack", description=__doc__)
-    parser.add_argument("--port", type=_port, default=8002, help="payment service (%(default)s)")
-    parser.add_argument("--products-port", type=_port, default=8001, help="(%(default)s)")
-    parser.add_argument("--gateway-port", type=_port, default=54321, help="(%(default)s)")
-    parser.add_argument("--postgres-port", type=_port, default=54322, help="(%(default)s)")
+    parser.add_argument("--port", type=_port, default=8002, help="(default: %(default)s)")
+    parser.add_argument("--products-port", type=_port, default=8001, help="(default: %(default)s)")
+    parser.add_argument("--gateway-port", type=_port, default=54321, help="(default: %(default)s)")
+    parser.add_argument("--postgres-port", type=_port, default=54322, help="(default: %(default)s)")
     parser.add_argument(
         "--data",
         type=Path,
         default=Path(".devstack"),
-        help="folder for the data; delete it to start afresh (%(default)s)",
+        help="folder for the data; delete it to start with new data (default: %(default)s)",
     )
     return parser.parse_args()
 
 
 def _port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is no port: should be 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{text} is not a port; use 1 to 65535")
     return int(text)
 
 
@@ -81,7 +81,7 @@ def _start(arguments: argparse.Namespace, stack: ExitStack) -> subprocess.Popen[
     data: Path = arguments.data.resolve()
     stack.enter_context(_only_stack_in(data))
     cluster = place_cluster(data)
-    stop_postgres(cluster)  # of an earlier stack that was killed
+    stop_postgres(cluster)  # a killed stack may have left it running
     _refuse_taken_ports(arguments)
 
     _print_place(arguments.data, cluster)
@@ -96,7 +96,7 @@ def _start(arguments: argparse.Namespace, stack: ExitStack) -> subprocess.Popen[
     environment = {
         "SUPABASE_URL": f"http://127.0.0.1:{arguments.gateway_port}",
         "SUPABASE_KEY": SERVICE_ROLE_KEY,
-        "SUPABASE_SERVICE_ROLE_KEY": SERVICE_ROLE_KEY,  # a .env may have another one
+        "SUPABASE_SERVICE_ROLE_KEY": SERVICE_ROLE_KEY,  # replaces a different value in .env
         "PRODUCTS_SERVICE_URL": f"http://127.0.0.1:{arguments.products_port}",
     }
     service = stack.enter_context(_server("service", arguments.port, postgres_port, environment))
@@ -108,8 +108,8 @@ def _print_place(data: Path, cluster: Path) -> None:
     if cluster.parent != data.resolve():
         print(
             f"The account that runs Postgres for root cannot enter {data.resolve()}.\n"
-            f"Postgres and its data are therefore in {cluster.parent}.\n"
-            f"Delete {data} to start afresh; `make clean` deletes both."
+            f"Therefore, Postgres and its data are in {cluster.parent}.\n"
+            f"Delete {data} to start with new data; `make clean` deletes both folders."
         )
     print(f"Starting Postgres; its data is in {cluster} ...", flush=True)
 
@@ -124,21 +124,21 @@ def _only_stack_in(data: Path) -> Iterator[None]:
             )  # the kernel releases it when the process ends
         except BlockingIOError:
             raise StackFailed(
-                f"A dev stack is already running on {data}; another needs ports of its own and "
+                f"A dev stack already uses {data}. Stop it, or start this one with other ports and "
                 "--data FOLDER."
             ) from None
         yield
 
 
 def _refuse_taken_ports(arguments: argparse.Namespace) -> None:
-    with ExitStack() as probes:  # all stay bound, so that a port given twice fails
+    with ExitStack() as probes:  # all sockets stay open, so that a port given twice fails
         for option in ("port", "products_port", "gateway_port", "postgres_port"):
             port = getattr(arguments, option)
             try:
                 _bind(port, probes)
             except OSError as error:
                 flag = f"--{option.replace('_', '-')}"
-                remedy = "End the program that holds it, or choose"
+                remedy = "Stop the program that uses it, or choose"
                 if error.errno == errno.EACCES:
                     remedy = "Choose"
                 raise StackFailed(
@@ -148,7 +148,7 @@ def _refuse_taken_ports(arguments: argparse.Namespace) -> None:
 
 
 def _bind(port: int, probes: ExitStack) -> None:
-    """Listen on both addresses of `localhost`; curl would prefer a program on ::1."""
+    """Listen on both addresses of `localhost`, because curl would prefer a program on ::1."""
     for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
             probe = probes.enter_context(socket.socket(family))
@@ -157,14 +157,14 @@ def _bind(port: int, probes: ExitStack) -> None:
             probe.listen()
         except OSError as error:
             if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise  # otherwise, the machine has no IPv6
+                raise  # these two errors mean that the machine has no IPv6
 
 
 @contextmanager
 def _server(
     name: str, port: int, postgres_port: int, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    # In a new session, Ctrl-C of the terminal does not reach the servers; they stop in order.
+    # In a new session, so that Ctrl-C does not reach the servers, and they stop in order.
     process = subprocess.Popen(
         [sys.executable, "-m", "devstack.server", name, str(port), str(postgres_port)],
         stdin=subprocess.PIPE,
@@ -210,6 +210,6 @@ Charge Alice for a coffee:
 curl -sS http://localhost:{arguments.port}/payments/debit -H "Content-Type: application/json" \\
   -d {shlex.quote(body)}
 
-Ctrl-C stops all.""",
+Ctrl-C stops everything.""",
         flush=True,
     )

@@ -1,9 +1,9 @@
--- A handful of users and items to try everything with; running it again changes nothing.
+-- Example users and items. If the rows exist already, nothing changes.
 
 insert into public."Users" (card_id, name, balance, active) values
 (1001, 'Alice', 5000, true),
 (1002, 'Bob', 3500, true),
-(1003, 'Carol, switched off', 2000, false),
+(1003, 'Carol, deactivated', 2000, false),
 (1004, 'Dan, without money', 0, true),
 (9007199254740993, 'Eve, with a long card number', 120000, true)
 on conflict (card_id) do nothing;

@@ -81,10 +81,10 @@ def read_until_up(stack: subprocess.Popen[str]) -> str:
     printed = ""
     for line in stack.stdout:
         printed += line
-        if "Ctrl-C stops all" in line:
+        if "Ctrl-C stops everything" in line:
             break
     watchdog.cancel()
-    assert "Ctrl-C stops all" in printed, printed
+    assert "Ctrl-C stops everything" in printed, printed
     return printed
 
 

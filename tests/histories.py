@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from oracle import Debit, Item, Oracle, Prediction, User
 
-RICH = 2**53 + 1  # the first integer that a float cannot hold
+RICH = 2**53 + 1  # the first integer that a float cannot represent
 PRICES = [0, 1, 350, 650, 5000]
 BALANCES = [RICH, 10_000, 350, 0]
 KEYS = [f"key-{number}" for number in range(8)]  # shared by all users

@@ -47,7 +47,7 @@ class Prediction:
 
 
 class Oracle:
-    """The users and items as they should be; None is an unknown user or item."""
+    """The expected state of the users and items; None is an unknown user or item."""
 
     def __init__(self) -> None:
         self.users: dict[int | None, User] = {}

@@ -1,4 +1,4 @@
-"""A server that forwards requests to another server, as a proxy or a gateway does."""
+"""A server that forwards requests to another server, like a proxy or a gateway."""
 
 import socket
 from collections.abc import Callable

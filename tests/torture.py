@@ -42,7 +42,7 @@ COLD_USERS = 200
 ITEMS = 12
 FAULT_SHARE = 0.06
 ATTEMPTS_MAX = 4
-HELD_USERS = 20  # as many as PostgREST has connections
+LOCKED_USERS = 20  # equals the number of PostgREST's connections
 OUTAGE_SECONDS = 5.0
 REQUEST_TIMEOUT_SECONDS = 3  # shorter than usual, so that some outcomes stay unknown
 STORED = {"charged", "user_inactive", "price_changed", "insufficient_funds"}
@@ -106,7 +106,7 @@ def code_of(response: httpx.Response) -> str:
 
 
 class Torture:
-    """A service with real dependencies under load and faults, and the counts of what happened."""
+    """A service with real dependencies under load and faults; counts outcomes and events."""
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ class Torture:
             self._violation(f"{purchase.key} was charged for two items")
 
     def _write_from_outside(self) -> None:
-        """Write as other services: top up, deactivate items and users, change prices."""
+        """Write like other services: top up, deactivate items and users, change prices."""
         draw = random.Random(f"{self.seed} outside")
         while not self._is_over():
             user_id = draw.choice(self.hot + self.cold)
@@ -306,7 +306,7 @@ class Torture:
             time.sleep(2.5)  # longer than the lock timeout
 
     def _lock_rows(self) -> None:
-        users = self.cold[:HELD_USERS]
+        users = self.cold[:LOCKED_USERS]
         with psycopg.connect(database_url(self.port)) as blocker:
             blocker.execute(
                 'select from public."Users" where card_id = any(%s) for update', (users,)

@@ -1,4 +1,4 @@
-"""Who may call: bearer tokens (RFC 6750) checked against the keys that their issuer publishes."""
+"""Authentication: bearer tokens (RFC 6750), verified with the keys that their issuer publishes."""
 
 import hashlib
 import time
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import jwt
 from cachetools import LRUCache
 
-from app.auth.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys, SameId, open_issuer_keys
+from app.auth.issuer_keys import ALGORITHMS, IssuerKey, IssuerKeys, KeysOfId, open_issuer_keys
 from app.errors import Forbidden, Unauthenticated
 from app.telemetry.metrics import Metrics
 
 TOKEN_LENGTH_MAX = 16 * 1024
-LEEWAY_SECONDS = 5  # how far the issuer's clock may differ from this one's
+LEEWAY_SECONDS = 5  # allowed difference between the issuer's clock and this clock
 # https://www.rfc-editor.org/rfc/rfc9068#section-2.1
 TYPES = (None, "jwt", "at+jwt", "application/at+jwt")
-# What only tokens for other uses hold: those of OpenID Connect that tell who somebody is or that
-# a session has ended, as Keycloak and Cognito mark them too.
+# Claims of tokens that are not access tokens: the ID, refresh and logout tokens of OpenID Connect.
+# Keycloak marks them with `typ`, Cognito with `token_use`.
 OTHER_USES = {"typ": ("ID", "Refresh", "Offline", "Logout"), "token_use": ("id",)}
 CLAIMS_OF_OTHER_USES = ("at_hash", "c_hash", "events")
 ACCEPTED_MAX = 1_000  # tokens
@@ -38,23 +38,23 @@ REASONS: tuple[tuple[type[jwt.PyJWTError], str], ...] = (
 
 
 class Caller(NamedTuple):
-    """Who sent a request: the token, if one is required, and the name of its holder."""
+    """The caller of a request: the token, if one is required, and the name of its holder."""
 
     token: str | None = None
     actor: str | None = None
 
 
 class Accepted(NamedTuple):
-    """What a token that was accepted stands on; `expires_at` is in seconds since 1970."""
+    """The result of an accepted token, for reuse; `expires_at` is in seconds since 1970."""
 
     key_id: str | None
-    keys: SameId
+    keys: KeysOfId
     expires_at: int
     caller: Caller
 
 
 class Authentication:
-    """Checks callers' tokens; what is not configured of issuer, audience and role is not asked."""
+    """Checks callers' tokens; issuer, audience and role are checked only if they are configured."""
 
     def __init__(
         self,
@@ -71,12 +71,12 @@ class Authentication:
         self._accepted: LRUCache[str, Accepted] = LRUCache(ACCEPTED_MAX)
 
     async def authenticate(self, authorization: str | None) -> Caller:
-        """Check the token in an Authorization header, and return whose it is.
+        """Check the token in an Authorization header, and return the caller.
 
         Raises:
-            Unauthenticated: there is none, or it is not valid.
-            Forbidden: it lacks the role.
-            AuthenticationUnavailable: it cannot be checked without keys that cannot be had now.
+            Unauthenticated: the token is missing or invalid.
+            Forbidden: the token does not have the required role.
+            AuthenticationUnavailable: the token's key is not known, and cannot be fetched now.
         """
         token = _read_token(authorization)
         accepted = await self._find_accepted(token)
@@ -95,9 +95,9 @@ class Authentication:
         return accepted.caller
 
     async def _find_accepted(self, token: str) -> Accepted | None:
-        """Return a token that was accepted before, unless it or its key has ended.
+        """Return the earlier result for a token; None if the token expired or its key changed.
 
-        Checking one anew takes about as long as all else that is done for a debit here.
+        A full check takes about as long as all other work of this process for a debit.
         """
         known = self._accepted.get(token)
         if (
@@ -108,9 +108,9 @@ class Authentication:
             return None
         return known
 
-    def _read_claims(self, token: str, keys: SameId, algorithm: str) -> Mapping[str, Any]:
-        fitting = [key for key in keys if algorithm in key.algorithms]
-        for key in fitting or keys:
+    def _read_claims(self, token: str, keys: KeysOfId, algorithm: str) -> Mapping[str, Any]:
+        matching = [key for key in keys if algorithm in key.algorithms]
+        for key in matching or keys:
             try:
                 return self._decode(token, key)
             except jwt.InvalidSignatureError:
@@ -132,8 +132,8 @@ class Authentication:
             options={
                 "require": ["exp"],
                 "enforce_minimum_key_length": True,
-                "verify_aud": False,  # _check_use does
-                "verify_iat": False,  # when it was issued is no rule of who may call
+                "verify_aud": False,  # _check_use does this
+                "verify_iat": False,  # no rule depends on the time of issue
             },
         )
         return claims
@@ -146,16 +146,16 @@ class Authentication:
             raise _invalid(OTHER_USE)
         if self._audience is None:
             return
-        named = claims.get("aud")
-        if named is None:
-            named = claims.get("client_id")
-        if named is None:
+        audiences = claims.get("aud")
+        if audiences is None:
+            audiences = claims.get("client_id")
+        if audiences is None:
             raise _invalid("The token lacks aud")
-        if self._audience not in (named if isinstance(named, list) else [named]):
+        if self._audience not in (audiences if isinstance(audiences, list) else [audiences]):
             raise _invalid("The token is for another audience")
 
     def _roles(self, claims: Mapping[str, Any]) -> list[str]:
-        """Collect roles as Keycloak and others write them, and scopes as OAuth does.
+        """Return the roles and scopes of a token, in the formats of Keycloak, OAuth and others.
 
         https://www.rfc-editor.org/rfc/rfc9068#section-2.2.3 names `roles` and `scope`.
         """
@@ -184,7 +184,7 @@ async def open_authentication(
     audience: str | None,
     required_role: str | None,
 ) -> AsyncIterator[Authentication | None]:
-    """Open the check of callers' tokens; None without an address of the issuer's keys."""
+    """Open the authentication of callers; yield None if no address of keys is configured."""
     if keys_url is None:
         yield None
         return
@@ -193,10 +193,10 @@ async def open_authentication(
 
 
 def read_actor(claims: Mapping[str, Any]) -> str | None:
-    """Name the holder of a token: a machine by its client, a person by client and subject.
+    """Return the name of a token's holder: `client` for a machine, `client/subject` for a person.
 
-    A machine's token has no subject, or one that is derived from the client: the same name (RFC
-    9068), with the suffix of Auth0, or Keycloak's service account.
+    A machine's token has no subject, or a subject that is derived from the client: the same name
+    (RFC 9068), the name with the suffix @clients (Auth0), or a service account (Keycloak).
     """
     client = claims.get("azp") or claims.get("client_id")
     subject = claims.get("sub")
@@ -210,8 +210,8 @@ def read_actor(claims: Mapping[str, Any]) -> str | None:
     return name or None
 
 
-def _member(thing: object, name: str | None) -> object:
-    return thing.get(name) if isinstance(thing, dict) else None
+def _member(value: object, name: str | None) -> object:
+    return value.get(name) if isinstance(value, dict) else None
 
 
 def _read_token(authorization: str | None) -> str:
@@ -227,7 +227,7 @@ def _read_token(authorization: str | None) -> str:
 
 
 def _read_header(token: str) -> tuple[str | None, str]:
-    """Read which key a token is signed with, and how."""
+    """Return the key id and the algorithm of a token's signature."""
     try:
         header = jwt.get_unverified_header(token)
     except TOKEN_ERRORS as error:

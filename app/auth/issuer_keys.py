@@ -1,4 +1,4 @@
-"""The keys with which an issuer signs its tokens, as it publishes them."""
+"""The keys that an issuer of tokens publishes: fetching, refreshing and reading them."""
 
 import asyncio
 import logging
@@ -20,16 +20,16 @@ from app.telemetry.tracing import FAILED, dependency_call
 
 KEYS_TIMEOUT_SECONDS = 2.0
 KEYS_BYTES_MAX = 256 * 1024
-KEYS_AGE_SECONDS_MAX = 300.0  # between two refreshes, so that withdrawn keys end
+KEYS_AGE_SECONDS_MAX = 300.0  # between two refreshes; limits how long a withdrawn key is used
 RETRY_SECONDS_MIN = 1.0  # after a refresh that failed; doubled each time
 RETRY_SECONDS_MAX = 10.0
-REFRESH_SECONDS_MIN = 1.0  # between two requests for the keys, whatever the tokens name
-ABSENT_SECONDS = 10.0  # how long a key id that the issuer does not publish is refused unasked
+REFRESH_SECONDS_MIN = 1.0  # between two requests for the keys, also if tokens name unknown keys
+ABSENT_SECONDS = 10.0  # how long an unknown key id is rejected without asking the issuer again
 ABSENT_MAX = 256
 
 RSA_ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512")
-# Asymmetric ones only: a secret that both sides know is no proof of who signed, and the public key
-# taken for such a secret is the classic forgery. https://www.rfc-editor.org/rfc/rfc8725#section-2.1
+# Only asymmetric algorithms. With a symmetric one, an attacker could sign a token with the public
+# key as the secret. https://www.rfc-editor.org/rfc/rfc8725#section-2.1
 ALGORITHMS = (*RSA_ALGORITHMS, "ES256", "ES384", "ES512", "EdDSA")
 JWK_ERRORS = (
     jwt.PyJWTError,
@@ -46,24 +46,24 @@ logger = logging.getLogger(__package__)
 
 
 class IssuerKey(NamedTuple):
-    """A key and what may be signed with it."""
+    """A key and the algorithms that may be used with it."""
 
-    public_key: Any  # RSA, EC or Ed25519, as PyJWT makes it of a JWK
+    public_key: Any  # RSA, EC or Ed25519, as PyJWT reads it from a JWK
     algorithms: list[str]
 
 
-# The keys of one id: some issuers publish an entry for each algorithm. A fetch that finds the same
-# keys leaves the object as it is, so that tokens accepted with it need not be verified anew.
-SameId = tuple[IssuerKey, ...]
+# The keys of one id: some issuers publish one entry for each algorithm. If a refresh returns the
+# same keys, the object stays the same, so that accepted tokens need not be verified again.
+KeysOfId = tuple[IssuerKey, ...]
 
 
 class IssuerKeys:
     """The keys that an issuer publishes as a JWK set (RFC 7517).
 
-    `keep_fresh` fetches them at startup and every few minutes, and a token that names an unknown
-    key id has them fetched too. Nobody waits for a known key. Requests at a time share one call,
-    and calls keep a distance, so that made-up key ids are no way to burden the issuer. While it
-    cannot be reached, the known keys stay valid.
+    `keep_fresh` fetches them at startup and every few minutes. A token with an unknown key id also
+    triggers a fetch; a known key is returned without waiting. Concurrent requests share one call,
+    and there is a minimum time between two calls, so that invented key ids cannot overload the
+    issuer. While the issuer cannot be reached, the known keys stay valid.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class IssuerKeys:
         self._url = url
         self._age_seconds_max = age_seconds_max
         self._timeout_seconds = timeout_seconds
-        self._keys: dict[str | None, SameId] = {}
+        self._keys: dict[str | None, KeysOfId] = {}
         self._availability = Availability(
             logger,
             "the issuer's keys cannot be fetched from AUTH_JWKS_URL",
@@ -97,11 +97,11 @@ class IssuerKeys:
     def last_state(self) -> str:
         return self._availability.last_state
 
-    async def get(self, key_id: str | None) -> SameId | None:
+    async def get(self, key_id: str | None) -> KeysOfId | None:
         """Return the keys of an id; None if the issuer does not publish it.
 
         Raises:
-            AuthenticationUnavailable: it is not known, and the issuer cannot be asked.
+            AuthenticationUnavailable: the id is not known, and the issuer cannot be reached.
         """
         keys = self._find(key_id)
         if keys is not None:
@@ -111,7 +111,7 @@ class IssuerKeys:
         arrived_at = now()
         is_fetched = await self._refresh()
         if is_fetched and self._asked_at < arrived_at and self._find(key_id) is None:
-            # They were asked for before this token came, and its key may be newer.
+            # That call began before this token arrived; the token's key may be newer.
             is_fetched = await self._refresh()
         keys = self._find(key_id)
         if keys is None and not is_fetched:
@@ -130,13 +130,13 @@ class IssuerKeys:
             raise self._unavailable()
 
     async def keep_fresh(self) -> None:
-        """Fetch the keys now and again before they are old, so that withdrawn ones end."""
+        """Fetch the keys at once and then at intervals, so that withdrawn keys become invalid."""
         retry_seconds = RETRY_SECONDS_MIN
         while True:
             try:
                 is_fetched = await self._refresh()
             except Exception:
-                logger.exception("a fault of this service: the issuer's keys were not refreshed")
+                logger.exception("internal error: the issuer's keys were not refreshed; retrying")
                 is_fetched = False
             if is_fetched:
                 retry_seconds = RETRY_SECONDS_MIN
@@ -146,20 +146,20 @@ class IssuerKeys:
                 retry_seconds = min(2 * retry_seconds, RETRY_SECONDS_MAX)
 
     async def close(self) -> None:
-        """End the call under way."""
+        """Cancel the call in flight."""
         if self._refreshing is not None:
             self._refreshing.cancel()
             await asyncio.gather(self._refreshing, return_exceptions=True)
 
-    def _find(self, key_id: str | None) -> SameId | None:
-        # https://openid.net/specs/openid-connect-core-1_0.html#Signing: a token may leave out
-        # which key it is signed with where there is only one.
+    def _find(self, key_id: str | None) -> KeysOfId | None:
+        # A token may omit the key id if the issuer publishes only one key:
+        # https://openid.net/specs/openid-connect-core-1_0.html#Signing
         if key_id is None and len(self._keys) == 1:
             return next(iter(self._keys.values()))
         return self._keys.get(key_id)
 
     async def _refresh(self) -> bool:
-        """Fetch the keys, together with those who wait for them; return whether they came."""
+        """Fetch the keys, or join a fetch in flight; return whether it succeeded."""
         if self._refreshing is None or self._refreshing.done():
             self._refreshing = asyncio.create_task(self._fetch())
         return await asyncio.shield(self._refreshing)
@@ -182,8 +182,8 @@ class IssuerKeys:
         self._availability.record_success()
         known = self._keys
         self._keys = {
-            key_id: known[key_id] if known.get(key_id) == same_id else same_id
-            for key_id, same_id in keys.items()
+            key_id: known[key_id] if known.get(key_id) == keys_of_id else keys_of_id
+            for key_id, keys_of_id in keys.items()
         }
         return True
 
@@ -210,11 +210,11 @@ async def open_issuer_keys(url: str, metrics: Metrics) -> AsyncIterator[IssuerKe
             await keys.close()
 
 
-def _read_keys(document: object) -> dict[str | None, SameId]:
-    """Read a JWK set; keys for other uses, and of kinds not known here, are left out."""
+def _read_keys(document: object) -> dict[str | None, KeysOfId]:
+    """Read a JWK set; skip keys for other uses and of unknown types."""
     if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
-        raise ValueError("this is no JWK set")  # noqa: TRY004 - the fault is in the document
-    keys: dict[str | None, SameId] = {}
+        raise ValueError("the response is not a JWK set")  # noqa: TRY004 - of CALL_ERRORS
+    keys: dict[str | None, KeysOfId] = {}
     for published in document["keys"]:
         try:
             key = jwt.PyJWK(published)
@@ -223,11 +223,11 @@ def _read_keys(document: object) -> dict[str | None, SameId]:
         if not isinstance(key.key_id, str | None):
             continue
         if key.public_key_use in (None, "sig") and key.algorithm_name in ALGORITHMS:
-            # An RSA key that does not say for which algorithm it is goes with any of its kind.
-            is_open = key.key_type == "RSA" and "alg" not in published
-            algorithms = list(RSA_ALGORITHMS) if is_open else [key.algorithm_name]
-            same_id = keys.get(key.key_id, ())
-            keys[key.key_id] = (*same_id, IssuerKey(key.key, algorithms))
+            # An RSA key without `alg` may be used with every RSA algorithm.
+            is_for_any_rsa = key.key_type == "RSA" and "alg" not in published
+            algorithms = list(RSA_ALGORITHMS) if is_for_any_rsa else [key.algorithm_name]
+            keys_of_id = keys.get(key.key_id, ())
+            keys[key.key_id] = (*keys_of_id, IssuerKey(key.key, algorithms))
     if not keys:
-        raise ValueError("there is no key to check a signature with")
+        raise ValueError("the JWK set has no key for checking signatures")
     return keys

@@ -1,1 +1,1 @@
-"""Environment variables: how they are read and what their values may be."""
+"""Environment variables: reading them and checking their values."""

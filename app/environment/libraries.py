@@ -1,4 +1,4 @@
-"""What libraries read from the environment by themselves, checked before they do."""
+"""Checks of the environment variables that libraries read themselves."""
 
 import os
 import re
@@ -10,7 +10,7 @@ import httpx
 from app.environment.variables import CANNOT_START, SettingsError
 
 SAMPLERS = "(parentbased_)?(always_on|always_off|traceidratio)"
-# Names, what they may hold, and what to write.
+# Names of variables, their valid values, and what to write instead of an invalid one.
 # https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 TRACE_RULES = [
     (re.compile(name), re.compile(value, re.IGNORECASE), advice)
@@ -30,10 +30,10 @@ TRACE_FILES = re.compile(
 
 
 def load_certificates() -> ssl.SSLContext:
-    """Read the certificates that are trusted, from where httpx looks for them.
+    """Load the trusted certificates, from the same places as httpx.
 
     Raises:
-        SettingsError: SSL_CERT_FILE or SSL_CERT_DIR names none.
+        SettingsError: SSL_CERT_FILE or SSL_CERT_DIR contains no readable certificates.
     """
     file, folders = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
     if not file and folders and not any(map(os.path.isdir, folders.split(os.pathsep))):
@@ -43,16 +43,16 @@ def load_certificates() -> ssl.SSLContext:
     except OSError as error:
         name = "SSL_CERT_FILE" if file else "SSL_CERT_DIR"
         raise SettingsError(
-            f"{CANNOT_START}: {name} should be a file of certificates (PEM) that can be read; "
-            f"it is not ({_reason(error)})."
+            f"{CANNOT_START}: {name} should be a readable file of certificates (PEM), but reading "
+            f"it failed ({_reason(error)})."
         ) from error
 
 
 def check_trace_variables() -> None:
-    """Check what OpenTelemetry reads by itself; it would log a traceback and use its default.
+    """Check OpenTelemetry's variables: it would log a traceback and use its default.
 
     Raises:
-        SettingsError: values are wrong; the message names each variable.
+        SettingsError: values are invalid; the message names each variable.
     """
     problems = [
         f"  {name}: {problem}"
@@ -61,7 +61,7 @@ def check_trace_variables() -> None:
     ]
     if problems:
         raise SettingsError(
-            "\n".join([f"{CANNOT_START}. In its environment are wrong:", *problems])
+            "\n".join([f"{CANNOT_START}. These environment variables are invalid:", *problems])
         )
 
 
@@ -85,7 +85,7 @@ def _file_problem(path: Path) -> str | None:
         if not path.is_dir():
             path.open("rb").close()
     except OSError as error:
-        return f"should be a file that can be read; it is not ({_reason(error)})"
+        return f"should be a readable file, but reading it failed ({_reason(error)})"
     return None
 
 

@@ -1,4 +1,4 @@
-"""What a setting may hold; each message says what to write instead, and repeats no value."""
+"""The types of settings; an error message says what to write instead, and repeats no value."""
 
 import base64
 import json
@@ -18,14 +18,14 @@ PLACEHOLDER = re.compile(
     r"|^(supabase[-_])?(service[-_]role|secret|anon)?[-_]?key[-_]here$|^service[-_]role[-_]key$",
     re.IGNORECASE,
 )
-# Part of the addresses that the dashboard shows; the client adds them itself.
+# Paths in addresses that the dashboard shows; the client adds them itself.
 API_PATH = re.compile(r"/(rest|auth|storage|functions|graphql|realtime)(/|$)")
 HOST = re.compile(r"[\w.-]+|[0-9a-fA-F:.%]+")
 ROLES_REFUSED = ("anon", "authenticated")
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host is this machine itself."""
+    """Return whether a host is this machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:
@@ -33,7 +33,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _web_address(address: str) -> str:
-    """Return the address with scheme and host in small letters."""
+    """Return the address with scheme and host in lower case."""
     parts = _split(address)
     host, port = parts.hostname or "", _port(parts)
     if parts.scheme not in ("http", "https"):
@@ -83,14 +83,14 @@ def _products_address(address: str) -> str:
 
 def _project_address(address: str) -> str:
     if PLACEHOLDER.search(address):
-        raise ValueError(f"still is a placeholder; should be the project's own, {PROJECT}")
+        raise ValueError(f"is still a placeholder; should be the project's address, {PROJECT}")
     parts = _split(address)
     host = parts.hostname or ""
     if parts.scheme.startswith("postgres") or re.match(r"db\.\w+\.supabase\.co$", host):
         raise ValueError(f"is the address of the database; should be the project's, {PROJECT}")
     if host in ("supabase.com", "www.supabase.com", "app.supabase.com", "app.supabase.io"):
         raise ValueError(
-            f"is a page of the dashboard; should be {PROJECT}, where <ref> is what stands behind "
+            f"is a page of the dashboard; should be {PROJECT}, where <ref> is the part after "
             "/project/"
         )
     if parts.scheme not in ("http", "https"):
@@ -120,9 +120,9 @@ def _supabase_key(secret: SecretStr) -> SecretStr:
         )
     role = key_claims(text).get("role")
     if role in ROLES_REFUSED:
-        raise ValueError(f"should be the key of the role service_role; this is that of {role}")
+        raise ValueError(f"should be the key of the role service_role; this is the key of {role}")
     if not key_claims(text) and PLACEHOLDER.search(text):
-        raise ValueError("still is a placeholder; should be a secret key of the project")
+        raise ValueError("is still a placeholder; should be a secret key of the project")
     return SecretStr(text)
 
 
@@ -133,12 +133,12 @@ def _service_token(secret: SecretStr) -> SecretStr:
             "should be one line of visible ASCII characters without spaces, and without Bearer"
         )
     if PLACEHOLDER.search(text):
-        raise ValueError("still is a placeholder; should be a token of the products service")
+        raise ValueError("is still a placeholder; should be a token for the products service")
     return SecretStr(text)
 
 
 def key_claims(key: str) -> dict[str, Any]:
-    """Return what a key of the older kind, a JWT, says of itself; nothing for other keys."""
+    """Return the claims of a key in the older format (JWT); an empty dict for other keys."""
     _, _, rest = key.partition(".")
     payload, _, _ = rest.partition(".")
     try:
@@ -170,7 +170,7 @@ def _split_list(text: object) -> object:
 
 
 def _origin(text: str) -> str:
-    """Return an origin as browsers send it: in lower case, without the scheme's own port."""
+    """Return an origin as browsers send it: in lower case, without the scheme's default port."""
     origin = text.strip().lower()
     parts = urlsplit(_web_address(origin)) if origin != "*" else None
     if parts is None or origin != f"{parts.scheme}://{parts.netloc}" or not origin.isascii():
@@ -178,8 +178,8 @@ def _origin(text: str) -> str:
             "should be origins such as https://kiosk.example.org, separated by commas, without "
             "paths; * is not allowed, because any web page could then charge cards"
         )
-    own_port = {"http": ":80", "https": ":443"}[parts.scheme]
-    return origin.removesuffix(own_port)
+    default_port = {"http": ":80", "https": ":443"}[parts.scheme]
+    return origin.removesuffix(default_port)
 
 
 Origins = Annotated[

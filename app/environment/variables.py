@@ -1,4 +1,4 @@
-"""The process's variables and the file `.env`, as people and tools write them."""
+"""Reading environment variables and the file `.env`."""
 
 import difflib
 import os
@@ -15,8 +15,9 @@ from dotenv.parser import Binding, parse_stream
 
 CANNOT_START = "The service cannot start"
 ENV_FILE = Path(".env")
-LIKENESS_MIN = 0.85  # SUPABASE_ANON_KEY, a name of other programs, is 0.83 like SUPABASE_KEY
-# What libraries read from the process's environment by themselves.
+# SUPABASE_ANON_KEY, which other programs use, has a similarity of 0.83 to SUPABASE_KEY.
+SIMILARITY_MIN = 0.85
+# Variables that libraries read themselves.
 LIBRARY_NAME = re.compile(
     r"OTEL_\w+|SSL_CERT_(FILE|DIR)|(REQUESTS|CURL)_CA_BUNDLE|(HTTPS?|ALL|NO)_PROXY", re.IGNORECASE
 )
@@ -26,12 +27,15 @@ SERVICE_LINK = re.compile(r"\w+_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP
 
 
 class SettingsError(Exception):
-    """Settings are missing or wrong; the message names each, and never repeats a value."""
+    """Settings are missing or invalid; the message names each of them, and repeats no value."""
 
 
 class Environment(NamedTuple):
-    """Names in capitals. `values` holds the known ones that are set, without those that are empty;
-    `unknown` says where each other name stands."""
+    """Environment variables by their names in upper case.
+
+    `values` are the known variables that are not empty, `empty` the known ones that are empty.
+    `unknown` maps each other name to the place where it is set.
+    """
 
     values: dict[str, str]
     empty: set[str]
@@ -40,7 +44,7 @@ class Environment(NamedTuple):
 
 @contextmanager
 def failure_names_settings(what: str, *settings: str) -> Iterator[None]:
-    """Turn a failure in the block into a message that names the settings, without their values.
+    """Turn a failure in the block into an error that names the settings, without their values.
 
     Raises:
         SettingsError: the block failed.
@@ -51,13 +55,13 @@ def failure_names_settings(what: str, *settings: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SettingsError(
-            f"{CANNOT_START}: {what} cannot be built ({type(error).__name__}). "
+            f"{CANNOT_START}: {what} cannot be created ({type(error).__name__}). "
             f"Check {', '.join(settings)}."
         ) from error
 
 
 def read_environment(known: Collection[str]) -> Environment:
-    """Read the process's variables, and those of `.env` that the process does not have.
+    """Read the environment variables, and from `.env` those that the environment does not have.
 
     Raises:
         SettingsError: `.env` cannot be read.
@@ -68,7 +72,7 @@ def read_environment(known: Collection[str]) -> Environment:
     in_file = _read_file(known)
     _export_for_libraries(in_file)
     for place, variables in ((str(ENV_FILE), in_file), ("the environment", dict(os.environ))):
-        # Of two spellings of one name, the one in capitals wins.
+        # If a name is set in upper case and in lower case, the one in upper case is used.
         for name in sorted(variables, key=str.isupper):
             value, name_known = clean(variables[name]), name.upper()
             if name_known not in known:
@@ -83,8 +87,8 @@ def read_environment(known: Collection[str]) -> Environment:
 def clean(value: str) -> str:
     """Remove white space and matching quotes around a value.
 
-    `docker run --env-file` and `kubectl create secret --from-env-file` pass quotes on, and a
-    secret that was made from a file ends with a line break.
+    `docker run --env-file` and `kubectl create secret --from-env-file` keep the quotes, and a
+    secret that was created from a file ends with a line break.
     """
     value = value.strip()
     while len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
@@ -93,7 +97,7 @@ def clean(value: str) -> str:
 
 
 def find_meant(name: str, known: Collection[str]) -> str | None:
-    """Return the setting that an unknown name looks like; None if it looks like no setting."""
+    """Return the setting that an unknown name resembles, or None."""
     if SERVICE_LINK.fullmatch(name):
         return None
     parts = name.split("_")
@@ -105,7 +109,7 @@ def find_meant(name: str, known: Collection[str]) -> str | None:
         )
         if is_longer or is_shorter:
             return setting
-    return next(iter(difflib.get_close_matches(name, known, 1, LIKENESS_MIN)), None)
+    return next(iter(difflib.get_close_matches(name, known, 1, SIMILARITY_MIN)), None)
 
 
 def _read_file(known: Collection[str]) -> dict[str, str]:
@@ -137,7 +141,7 @@ def _read_text() -> str:
 
 
 def _refuse_if_ours(line: Binding, known: Collection[str]) -> None:
-    """Refuse a line that cannot be read if it may be meant for us; other programs' lines pass."""
+    """Reject an unreadable line if it names a setting of this service; ignore other lines."""
     text = line.original.string
     names = {name.upper() for name in re.findall(r"\w+", text)}
     if any(name in known or name.startswith("AUTH_") for name in names):
@@ -146,7 +150,7 @@ def _refuse_if_ours(line: Binding, known: Collection[str]) -> None:
 
 
 def _export_for_libraries(in_file: dict[str, str]) -> None:
-    """Set what only libraries read, so that `.env` means the same however the service starts."""
+    """Export the variables of `.env` that libraries read, so that they apply to every start."""
     for name, value in {**in_file, **os.environ}.items():
         if LIBRARY_NAME.fullmatch(name):
             os.environ[name] = clean(value)

@@ -1,1 +1,1 @@
-"""HTTP calls of dependencies: transport, limits, failures."""
+"""HTTP calls to dependencies: transport, limits, failures."""

@@ -1,4 +1,4 @@
-"""Failures of a dependency: when the next call is made, and what is logged of them."""
+"""Failures of a dependency: when to make the next call, and what to log."""
 
 import asyncio
 import logging
@@ -13,18 +13,19 @@ from app.http_client.retry_after import Pause
 FAILURE_SECONDS = 1.0  # how long a failure is remembered
 SUBJECTS_MAX = 10_000
 LOG_SECONDS = 1.0
-LOG_REASONS_MAX = 20  # of a dependency at a time; a reason can hold what the dependency sent
+LOG_REASONS_MAX = 20  # per dependency at a time; a reason can contain text from the dependency
 
 
 class Availability:
-    """Whether a dependency may be called now, and how its last call ended."""
+    """The availability of a dependency: whether to call it now, and how its last call ended."""
 
     def __init__(
         self, logger: logging.Logger, name: str, setting: str, seconds: float = FAILURE_SECONDS
     ) -> None:
-        """Take the dependency's name and the setting that holds its address, for the log.
+        """Create the record of a dependency that has not been called yet.
 
-        A failure is remembered for so many seconds.
+        The log shows `name`, and `setting`, which holds the address. A failure is remembered for
+        `seconds`.
         """
         self.pause = Pause(setting)
         self.last_state = "not asked yet"
@@ -32,7 +33,7 @@ class Availability:
         self._log = FailureLog(logger, name)
 
     def may_call(self, subject: Hashable) -> bool:
-        """Return whether to call now, about a subject such as an item."""
+        """Return whether a call about a subject, such as an item, may be made now."""
         return not self.pause.seconds_left() and self._failures.may_call(subject)
 
     def record_failure(self, subject: Hashable, level: int, reason: str) -> None:
@@ -47,17 +48,17 @@ class Availability:
         self._failures.record_success()
 
     def log(self, level: int, reason: str) -> None:
-        """Log a response that is no failure of the dependency."""
+        """Log a response that does not count as a failure of the dependency."""
         self._log.log(level, reason)
 
 
 class Failures:
-    """Remembers failures of a dependency, so that an outage costs one call a second.
+    """Limits the calls to a dependency during an outage to one per second.
 
-    A failed call is about a subject, such as an item, and at first only that subject is left alone
-    for a second: a broken record must not stop the others. When a call about another subject fails
-    too, with no success between them, the dependency is down. Then one call a second is made,
-    whatever it is about, until one succeeds. All times are of the event loop's clock.
+    A call is about a subject, such as an item. After a failure, only calls about this subject pause
+    for a second: one invalid record must not stop calls about others. If a call about another
+    subject fails too, without a success in between, the dependency is down. Then one call per
+    second is made, about any subject, until a call succeeds. Times are of the event loop's clock.
     """
 
     def __init__(self, seconds: float = FAILURE_SECONDS) -> None:
@@ -68,7 +69,7 @@ class Failures:
         self._next_call_at = float("-inf")
 
     def may_call(self, subject: Hashable) -> bool:
-        """Return whether to make a call now; during an outage True is for one caller a second."""
+        """Return whether a call may be made now; during an outage, True once per second."""
         if subject in self._failed or now() < self._next_call_at:
             return False
         if self._is_down:
@@ -81,7 +82,7 @@ class Failures:
             self._is_down = True
             self._next_call_at = now() + self._seconds
         else:
-            self._next_call_at = float("-inf")  # it may be the subject's fault: try another one
+            self._next_call_at = float("-inf")  # perhaps only this subject fails: allow others
         self._last_failed = subject
 
     def record_success(self) -> None:
@@ -91,7 +92,7 @@ class Failures:
 
 
 class FailureLog:
-    """Logs why calls of a dependency fail: a reason at once, repetitions as a count a second."""
+    """Logs why calls fail: a new reason at once, its repetitions as one count per second."""
 
     def __init__(self, logger: logging.Logger, dependency: str) -> None:
         self._logger = logger
@@ -109,7 +110,7 @@ class FailureLog:
 
     def _count(self, level: int, reason: str) -> None:
         self._repeated[level, reason] = 0
-        # In a context of its own: the count is of many requests.
+        # In an empty context, because the count is about many requests.
         loop = asyncio.get_running_loop()
         loop.call_later(LOG_SECONDS, self._log_count, level, reason, context=Context())
 

@@ -1,4 +1,4 @@
-"""HTTP clients of the dependencies: transport, limits, and what a failed call means."""
+"""HTTP clients for the dependencies: transport, limits, and the reasons of failed calls."""
 
 import logging
 import ssl
@@ -22,20 +22,21 @@ logger = logging.getLogger(__package__)
 
 
 class ResponseTooLarge(httpx.TransportError):
-    """The response is longer than the client reads."""
+    """The response is longer than the client allows."""
 
 
-# The transport calls every broken connection a connect timeout, also one that broke after sending;
-# the cause tells them apart. Waiting for a free connection ends in the second of them too.
+# The transport reports every broken connection as a connect timeout, even if it broke after the
+# request was sent. The cause shows the difference. Waiting too long for a free connection has the
+# second of these causes.
 NEVER_SENT = (
     aiohttp.ClientConnectorError,
     aiohttp.ConnectionTimeoutError,
     aiohttp.ClientHttpProxyError,  # the proxy refused to connect to the dependency
 )
-# What a call can raise. A RecursionError is JSON that is nested without end.
+# Exceptions that a call can raise. RecursionError: JSON that is nested too deeply.
 CALL_ERRORS = (httpx.HTTPError, aiohttp.ClientError, TimeoutError, ValueError, RecursionError)
 
-# The first kind that fits decides; {seconds} is the timeout of the call. No text holds a value of
+# The first matching type is used; {seconds} is the timeout of the call. No text contains a value of
 # the request or the response.
 REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str], ...] = (
     (ResponseTooLarge, "the response is too large"),
@@ -57,12 +58,12 @@ REASONS: tuple[tuple[type[BaseException] | tuple[type[BaseException], ...], str]
 
 
 def was_sent(error: Exception) -> bool:
-    """Tell whether the dependency may have received the request of a failed call."""
+    """Return whether the dependency may have received the request of a failed call."""
     return not (isinstance(error, httpx.TransportError) and isinstance(error.__cause__, NEVER_SENT))
 
 
 def describe_failure(error: Exception, timeout_seconds: float) -> str:
-    """Return the true reason: the transport calls every failed connection a timeout."""
+    """Return the real reason: the transport reports every failed connection as a timeout."""
     if isinstance(error, httpx.HTTPStatusError):
         return f"status {error.response.status_code}"
     is_mapped = isinstance(error, httpx.HTTPError) and not isinstance(error, httpx.DecodingError)
@@ -76,10 +77,10 @@ def describe_failure(error: Exception, timeout_seconds: float) -> str:
 
 
 class LimitedTransport(AiohttpTransport):
-    """Reads at most `bytes_max` of a response, counted before and after it is decoded.
+    """Reads at most `bytes_max` bytes of a response, counted before and after decompression.
 
-    httpx has no limit, and decodes 16 KiB at a time: 16 MiB of zeros, or 16 GiB if they were
-    compressed twice.
+    httpx has no limit. It decompresses 16 KiB at a time, which can become 16 MiB, or 16 GiB if the
+    body was compressed twice.
     """
 
     def __init__(
@@ -109,11 +110,11 @@ class LimitedTransport(AiohttpTransport):
 
 
 def decode(body: bytes, headers: httpx.Headers, bytes_max: int) -> bytes:
-    """Undo the content encodings of a body.
+    """Decompress a body as its headers say, and return it.
 
     Raises:
-        ResponseTooLarge: it becomes longer than `bytes_max`.
-        httpx.DecodingError: it is broken, or of another encoding.
+        ResponseTooLarge: the result is longer than `bytes_max`.
+        httpx.DecodingError: the body is broken, or the encoding is not supported.
     """
     encodings = headers.get("content-encoding", "").lower().split(",")
     for encoding in reversed([name.strip() for name in encodings]):
@@ -141,7 +142,7 @@ def _without_encoding(headers: httpx.Headers) -> list[tuple[bytes, bytes]]:
 class DirectClient(httpx.AsyncClient):
     """Sends a request once, without redirects, authentication flows and cookies.
 
-    No call needs them, and httpx takes 100 µs for them, of 900 µs of processor time that a call of
+    No call needs them. httpx takes 100 µs for them, of the 900 µs of processor time that a call to
     the ledger takes.
     """
 
@@ -162,9 +163,9 @@ def http_client(
     response_bytes_max: int,
     connections_max: int = CONNECTIONS_MAX,
 ) -> httpx.AsyncClient:
-    """Make a client for the address that a setting holds, which is its base address too."""
-    # Over aiohttp a call costs a third of what it costs over httpx's own transport. It is given
-    # the certificates, or it would read them once more.
+    """Return a client whose base address is the address of a setting."""
+    # A call over aiohttp costs a third of a call over httpx's own transport. The transport gets
+    # the certificates, because it would otherwise load them again.
     certificates = load_certificates()
     proxy = find_proxy(address)
     if proxy:

@@ -1,4 +1,4 @@
-"""Which proxy leads to an address, by HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY."""
+"""The choice of a proxy by HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and NO_PROXY."""
 
 from ipaddress import ip_address, ip_network
 from urllib.parse import SplitResult, urlsplit
@@ -11,14 +11,14 @@ CLUSTER_SUFFIXES = (".svc", ".cluster.local")
 
 
 def find_proxy(address: str) -> str | None:
-    """Return the proxy for an address; None if it is called directly.
+    """Return the proxy for an address, or None for a direct connection.
 
-    This machine and names of the cluster (without a dot, `.svc`, `.cluster.local`) are called
-    directly. It is found once at startup: aiohttp would look it up for each call, and would send
-    passwords of ~/.netrc too.
+    This machine and names inside the cluster (without a dot, `.svc`, `.cluster.local`) are called
+    directly. The proxy is chosen once, at startup: aiohttp would choose it again for each call, and
+    would also send passwords from ~/.netrc.
 
     Raises:
-        SettingsError: the variable holds no proxy that can be used.
+        SettingsError: the variable does not contain a supported proxy.
     """
     parts = urlsplit(address)
     proxies = getproxies_environment()
@@ -49,7 +49,7 @@ def _is_direct(parts: SplitResult, proxies: dict[str, str]) -> bool:
 
 
 def _is_in_networks(host: str, no_proxy: str) -> bool:
-    """Tell whether NO_PROXY names the network of an address, such as 10.0.0.0/8."""
+    """Return whether NO_PROXY contains the network of an address, such as 10.0.0.0/8."""
     try:
         address = ip_address(host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""How long a dependency asks not to be called (Retry-After, RFC 9110 section 10.2.3)."""
+"""Pauses that a dependency asks for (Retry-After, RFC 9110 section 10.2.3)."""
 
 import logging
 import math
@@ -12,23 +12,23 @@ import httpx
 
 from app.errors import PaymentError
 
-RETRY_AFTER_SECONDS_MAX = 60  # a mistake of the other side must not stop debits for hours
+RETRY_AFTER_SECONDS_MAX = 60  # a wrong value must not stop debits for hours
 ASKING_TO_WAIT = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
 
 logger = logging.getLogger(__package__)
 
 
 class Pause:
-    """Until when a dependency is not called, because it said so, with status 429 or 503."""
+    """A pause in the calls to a dependency, which it asked for with status 429 or 503."""
 
     def __init__(self, setting: str, statuses: Collection[int] = ASKING_TO_WAIT) -> None:
-        """Take the setting that names the dependency, for the log, and the statuses that count."""
+        """Create an inactive pause; the log shows `setting`, and only `statuses` start a pause."""
         self._setting = setting
         self._statuses = statuses
         self._ends_at = -math.inf
 
     async def read(self, response: httpx.Response) -> None:
-        """Begin a pause if the response asks for one; a hook for httpx."""
+        """Start or extend the pause if the response asks for one; an event hook for httpx."""
         if response.status_code not in self._statuses:
             return
         seconds = min(read_seconds(response.headers), RETRY_AFTER_SECONDS_MAX)
@@ -41,13 +41,13 @@ class Pause:
         return max(0.0, self._ends_at - monotonic())
 
     def apply_to(self, problem: PaymentError) -> None:
-        """Have a problem tell its caller to wait until the pause ends, if there is one now."""
+        """Set the Retry-After of a problem to the rest of the pause, if there is a pause now."""
         if seconds := math.ceil(self.seconds_left()):
             problem.headers = {"Retry-After": str(seconds)}
 
 
 def read_seconds(headers: httpx.Headers) -> float:
-    """Read a Retry-After in either form; 0 without one, or with one that makes no sense."""
+    """Return the seconds of a Retry-After header in either format; 0 if missing or invalid."""
     value = headers.get("retry-after", "").strip()
     if re.fullmatch(r"[0-9]+", value):
         return float(value[:10])

@@ -1,1 +1,1 @@
-"""The ledger: calls of the database functions through Supabase, and what their results mean."""
+"""The ledger: calls to the database functions through Supabase, and their outcomes."""

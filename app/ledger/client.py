@@ -1,4 +1,4 @@
-"""The client of the ledger: calls of the database functions through Supabase."""
+"""The client of the ledger, which calls the database functions through Supabase."""
 
 import asyncio
 import logging
@@ -35,8 +35,8 @@ from app.telemetry.tracing import dependency_call
 # Longer than the function's own statement_timeout (4 s), so that the database gives up first.
 CALL_TIMEOUT_SECONDS = 5.0
 CALLS_MAX = 100
-LOOKUPS_MAX = 8  # so that look-ups leave most of PostgREST's connections to debits
-REMOVED_ROWS_MAX = 1_000  # in one call, which takes some 20 ms
+LOOKUPS_MAX = 8  # so that lookups leave most of PostgREST's connections to debits
+REMOVED_ROWS_MAX = 1_000  # per call; such a call takes about 20 ms
 RESPONSE_BYTES_MAX = 1024 * 1024
 
 Result = TypeVar("Result")
@@ -45,7 +45,7 @@ logger = logging.getLogger(__package__)
 
 
 class Ledger:
-    """Client of the database's functions. Deadlines are times of the event loop's clock."""
+    """Client of the database functions. Deadlines are times of the event loop's clock."""
 
     def __init__(
         self,
@@ -55,14 +55,14 @@ class Ledger:
         *,
         call_timeout_seconds: float = CALL_TIMEOUT_SECONDS,
     ) -> None:
-        """Take a client, and the pause that its responses may ask for."""
+        """Create the ledger's client; responses of `supabase` start and extend `pause`."""
         self._supabase = supabase
         self._metrics = metrics
         self._call_timeout_seconds = call_timeout_seconds
-        # A pause leaves the meaning of the response that began it alone: 429 is unknown like any
-        # response without a code of the database. A gateway refuses before it passes a call on,
-        # but one that tries again by itself can be refused the second time, after the first time
-        # was done. Calls that are not sent during the pause are certainly not done.
+        # The response that starts a pause is an unknown outcome, like every response without a code
+        # of the database. Most gateways reject a call before they pass it on. But a gateway that
+        # retries by itself may get 429 for its second attempt after its first one was executed.
+        # Calls that are not sent because of the pause are certainly not executed.
         self.pause = pause
         self._calls = asyncio.Semaphore(CALLS_MAX)
         self._lookups = asyncio.Semaphore(LOOKUPS_MAX)
@@ -75,9 +75,10 @@ class Ledger:
     ) -> Outcome:
         """Charge the user the item's price, once for each key of a user.
 
-        The call is repeated under the same key, so nobody is charged twice: for a few seconds if it
-        was certainly not done, until the deadline if it may have been done. Once it may have been
-        done, a later attempt that was not does not make it "not charged".
+        The call is repeated with the same key, so the user is not charged twice. If it was
+        certainly not executed, it is repeated for a few seconds; if it may have been executed,
+        until the deadline. After that, a later attempt that was certainly not executed does not
+        change the result to "not charged".
 
         Raises:
             PaymentError: the ledger failed; the class says what that means for the debit.
@@ -94,9 +95,9 @@ class Ledger:
                 raise
 
     async def debit_batch(self, debits: Sequence[KeyedDebit]) -> list[Outcome | None]:
-        """Send many debits in one call, once.
+        """Send many debits in one call, without retries.
 
-        An outcome is None if another transaction holds the row of the user or the item.
+        An outcome is None if another transaction has locked the row of the user or the item.
 
         Raises:
             PaymentError: the ledger failed; the class says what that means for all of them.
@@ -115,7 +116,7 @@ class Ledger:
         """Return the outcome stored for an idempotency key, or None.
 
         Raises:
-            LedgerUnavailable: it could not be looked up.
+            LedgerUnavailable: the lookup failed.
         """
         arguments: dict[str, JSON] = {"user_id_input": user_id, "idempotency_key_input": key}
         try:
@@ -127,7 +128,7 @@ class Ledger:
             raise LedgerUnavailable from error
 
     async def remove_generated_declines(self) -> int:
-        """Remove some old declines under keys that this service generated; return how many.
+        """Remove some of the old declines with generated keys; return how many were removed.
 
         Raises:
             PaymentError: the ledger failed.
@@ -139,10 +140,10 @@ class Ledger:
         )
 
     async def check(self) -> None:
-        """Ask the database whether everything that a debit reads and writes is there.
+        """Check that the database has everything that a debit reads and writes.
 
         Raises:
-            PaymentError: it is not, or the database did not respond.
+            PaymentError: something is missing, or the database did not respond.
         """
         deadline = now() + self._call_timeout_seconds
         await self._execute("check_ledger", {}, deadline, _read_check, self._calls)
@@ -165,15 +166,15 @@ class Ledger:
         read: Callable[[object], Result],
         permits: asyncio.Semaphore,
     ) -> Result:
-        """Call a function once there is a permit, and read its response."""
+        """Wait for a permit, call a function, and return its result as read by `read`."""
         try:
             async with asyncio.timeout_at(deadline):
                 await permits.acquire()
         except TimeoutError as error:
-            raise LedgerUnavailable from error  # not sent
+            raise LedgerUnavailable from error  # the call was not sent
         try:
             if now() >= deadline or self.pause.seconds_left():
-                raise LedgerUnavailable  # not sent: no time is left, or Supabase asked for a pause
+                raise LedgerUnavailable  # not sent: the deadline passed, or a pause
             with dependency_call(self._metrics, "ledger", function):
                 return await self._send(function, arguments, deadline, read)
         finally:
@@ -217,7 +218,8 @@ async def open_ledger(
         response_bytes_max=RESPONSE_BYTES_MAX,
         connections_max=CALLS_MAX + LOOKUPS_MAX,
     )
-    # PostgREST sends a Retry-After with each 503; how soon those are repeated is decided here.
+    # Only 429 starts a pause: PostgREST sends Retry-After with every 503, and those calls are
+    # repeated after the delays of `Retries`.
     pause = Pause("SUPABASE_URL", {httpx.codes.TOO_MANY_REQUESTS})
     client.event_hooks["response"].append(pause.read)
     async with client:
@@ -231,10 +233,10 @@ async def open_ledger(
 
 def _read_count(response: object) -> int:
     if not isinstance(response, int):
-        raise ValueError("the response is not a number")  # noqa: TRY004 - of CALL_ERRORS
+        raise ValueError("the response is not a number")  # noqa: TRY004 - CALL_ERRORS has it
     return response
 
 
 def _read_check(response: object) -> None:
     if not isinstance(response, dict) or response.get("outcome") != "ready":
-        raise ValueError("the response is not that of check_ledger")
+        raise ValueError("the response is not the one of check_ledger")

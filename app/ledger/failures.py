@@ -1,4 +1,4 @@
-"""What a failed call of a database function means for the debit."""
+"""Classification of failed calls to the database functions."""
 
 import re
 
@@ -9,10 +9,11 @@ from app.http_client.client import CALL_ERRORS as HTTP_ERRORS
 from app.http_client.client import describe_failure as describe_http_failure
 from app.http_client.client import was_sent
 
-# The transaction was not begun or was rolled back: PostgREST had no connection or no schema cache
-# (PGRST000, 002, 003), or Postgres gave up on a lock or on time, could not serialise, or only
-# reads: 25006, and 0A000 of a replica, where PostgREST asks for a transaction that writes. 25P02: a
-# cancelled COMMIT left PostgREST a connection in an aborted transaction, which rejects everything.
+# The transaction was not started, or it was rolled back.
+# PGRST000, PGRST002, PGRST003: PostgREST has no connection or no schema cache.
+# 53, 55P03, 57014, 40001, 40P01: no resources, lock timeout, cancelled, serialization, deadlock.
+# 25006, 0A000: the database is read-only; 0A000 is the code of a replica.
+# 25P02: PostgREST's connection is in an aborted transaction, after a cancelled COMMIT.
 # https://docs.postgrest.org/en/stable/references/errors.html and the manual's appendix A.
 NOT_DONE_CODES = (
     "PGRST000",
@@ -28,17 +29,17 @@ NOT_DONE_CODES = (
     "0A000",
 )
 # The connection to the database was lost, perhaps after the commit, or PostgREST itself failed.
-# XX000: a node of a cluster was lost at the commit.
+# XX000: a node of a Citus cluster was lost during the commit.
 UNKNOWN_CODES = ("PGRST001", "PGRSTX", "08", "57P0", "40003", "XX000")
 MESSAGE_LENGTH_MAX = 200  # of an error, in the log
-# Codes of PostgREST or Postgres. Any other code comes from a proxy or is the HTTP status, which the
-# client puts in, and says nothing about the transaction.
+# Codes of PostgREST or Postgres. Any other code comes from a proxy, or is the HTTP status that the
+# client uses as the code. It says nothing about the transaction.
 LEDGER_CODE = re.compile(r"PGRST\w+|[0-9A-Z]{5}")
 CALL_ERRORS = (APIError, *HTTP_ERRORS)
 
 
 def classify_failure(error: Exception) -> type[PaymentError]:
-    """Tell what a failed call means for the debit: not done, perhaps done, or never possible."""
+    """Return the problem of a failed call: not executed, perhaps executed, or rejected."""
     if not isinstance(error, APIError):
         return OutcomeUnknown if was_sent(error) else LedgerUnavailable
     code = error.code
@@ -56,7 +57,7 @@ def classify_failure(error: Exception) -> type[PaymentError]:
 def describe_failure(error: Exception, timeout_seconds: float) -> str:
     """Return the reason of a failed call for the log."""
     if isinstance(error, APIError):
-        # A proxy's page as a message has lines without end.
+        # The message can be a long page of a proxy.
         message = next(iter(str(error.message).splitlines()), "")[:MESSAGE_LENGTH_MAX]
-        return f"{error.code or 'an answer without a code:'} {message}"
+        return f"{error.code or 'a response without a code:'} {message}"
     return describe_http_failure(error, timeout_seconds)

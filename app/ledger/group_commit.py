@@ -1,11 +1,11 @@
-"""Group commit: debits that arrive while a call is in flight go together in the next one.
+"""Group commit: debits that arrive while a call is in flight are sent together in the next call.
 
-A debit that finds its lane idle goes at once and alone. No timer, no added wait. A user's debits
-always take the same lane, so that two batches in flight never want the same row.
+A debit that finds its lane idle is sent at once, alone. There is no timer and no added wait. All
+debits of a user use the same lane, so that two batches in flight never need the same row.
 
-A single call waits for a locked row and occupies one of PostgREST's connections meanwhile, so only
-a few are in flight. A batch skips locked rows. The debits that it skipped go into single calls, one
-for each user, and beyond those into later batches.
+A single call waits for a locked row and occupies one of PostgREST's connections meanwhile. So only
+a few single calls are in flight. A batch skips locked rows. Skipped debits are sent in single
+calls, one per user, or in a later batch if no single call is allowed.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ SINGLE_CALLS_MAX = 4
 
 
 class GroupCommit:
-    """Takes debits to the ledger, in batches when there are many."""
+    """Sends debits to the ledger, in batches when many arrive."""
 
     def __init__(self, ledger: Ledger, metrics: Metrics, *, batch_size_max: int) -> None:
         self._ledger = ledger
@@ -39,13 +39,13 @@ class GroupCommit:
         """Charge the user the item's price, once for each key of a user.
 
         Raises:
-            Overloaded: too many debits of this user wait.
+            Overloaded: too many debits of this user are waiting.
             PaymentError: the ledger failed; the class says what that means for the debit.
         """
         if self._is_off:
             return await self._debit_alone(keyed, deadline)
         if now() >= deadline:
-            raise LedgerUnavailable  # not sent
+            raise LedgerUnavailable  # the debit was not sent
         waiting = WaitingDebit(keyed, deadline, now())
         lane = self._lanes[waiting.user_id % LANES]
         lane.enter_queue(waiting)

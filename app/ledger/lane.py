@@ -1,10 +1,12 @@
-"""A lane: the debits of some users on their way to the ledger, one batch at a time.
+"""A lane sends the debits of some users to the ledger, one batch at a time.
 
-queued    waits in the lane's queue; the next batch takes it
-in flight sent to the ledger, in a batch or alone, and no response yet
-skipped   the batch found its row locked; sent alone if there is a permit, else in a later batch
-parked    waits until an earlier debit of its user, sent alone or skipped, is settled; then queued
-settled   its caller has the outcome or a problem
+States of a debit:
+
+queued    It waits in the lane's queue for the next batch.
+in flight It was sent to the ledger, in a batch or alone, and there is no response yet.
+skipped   Its row was locked. It is sent alone if there is a permit, otherwise in a later batch.
+parked    It waits for an earlier debit of its user that was sent alone or skipped.
+settled   Its caller has the outcome or a problem.
 """
 
 import asyncio
@@ -24,20 +26,20 @@ from app.ledger.user_limits import UserLimit
 from app.ledger.waiting import WaitingDebit
 from app.telemetry.tracing import use_context_of
 
-# Requests above about 10 KB were seen to take 45 ms longer through nginx.
+# In a measurement, requests over about 10 KB took 45 ms longer through nginx.
 BATCH_BYTES_MAX = 8 * 1024
-# How long a lane waits for a single call, which may wait for a locked row, before it goes on.
+# How long a lane waits for a single call, which may wait for a locked row, before the next batch.
 SINGLE_CALL_SECONDS_MAX = 0.05
-# How long a debit that was skipped waits for another batch.
+# How long a skipped debit waits before it is queued again.
 SKIPPED_SECONDS_MAX = 0.05
-# Of a batch that the database rejected, so many debits are sent at a time, each alone.
+# How many debits of a rejected batch are sent at the same time, each in its own call.
 SPLIT_CALLS_MAX = 2
 
 logger = logging.getLogger(__package__)
 
 
 class Permits:
-    """Permits for single calls, for all lanes together; nobody waits for one."""
+    """Permits for single calls, shared by all lanes; taking a permit never waits."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -56,14 +58,14 @@ class Permits:
 
 @dataclass(eq=False)
 class _HeldUser:
-    """A user whose row may be held: the debit that goes first, and those that wait for it."""
+    """A user whose row may be locked: the debit that is sent first, and those that wait for it."""
 
     first: WaitingDebit
     parked: deque[WaitingDebit] = field(default_factory=deque)
 
 
 class Lane:
-    """One batch at a time. Single calls that take longer go on beside it."""
+    """Sends one batch at a time. Single calls that take longer continue beside the batches."""
 
     def __init__(self, ledger: Ledger, batch_size_max: int, permits: Permits) -> None:
         self._ledger = ledger
@@ -80,10 +82,10 @@ class Lane:
         return len(self._queue) + sum(len(user.parked) for user in self._held.values())
 
     def enter_queue(self, waiting: WaitingDebit) -> None:
-        """Take a debit that has just arrived.
+        """Add a debit that has just arrived.
 
         Raises:
-            Overloaded: too many of its user wait already.
+            Overloaded: too many debits of its user are waiting.
         """
         self._queued_of_users.enter(waiting.user_id)
         self._add(waiting)
@@ -103,7 +105,8 @@ class Lane:
                     single = self._start_single(batch[0])
                     await asyncio.wait({single}, timeout=SINGLE_CALL_SECONDS_MAX)
                 else:
-                    # Awaited here: the next batch is sent before this one's callers resume.
+                    # Not in a task of its own, so that the next batch is sent before the callers
+                    # of this one resume.
                     use_context_of([waiting.context for waiting in batch])
                     await self._send_until_settled(batch)
         finally:
@@ -125,7 +128,7 @@ class Lane:
         return batch
 
     async def _send_until_settled(self, batch: list[WaitingDebit]) -> None:
-        """Send a batch, and again as a batch while it fails and may be repeated."""
+        """Send a batch; while it fails and a retry is allowed, repeat it as a batch."""
         retries = Retries(self._ledger.pause, max(waiting.deadline for waiting in batch))
         while batch:
             try:
@@ -139,7 +142,8 @@ class Lane:
                 batch = [waiting for waiting in batch if not waiting.is_done]
             except Exception as failure:  # a bug must not leave the callers of this batch waiting
                 if not isinstance(failure, LedgerRejected):
-                    logger.exception("a batch of %d failed", len(batch))
+                    text = "internal error: a batch of %d debits failed; they are now sent alone"
+                    logger.exception(text, len(batch))
                 await self._send_one_by_one(batch)
                 return
             else:
@@ -170,7 +174,7 @@ class Lane:
                 self._release(waiting)
 
     def _skip(self, waiting: WaitingDebit) -> None:
-        """Have a debit wait that a batch skipped; nothing was done."""
+        """Send a debit alone or queue it again, after a batch skipped it without executing it."""
         if self._park_if_held(waiting):
             return
         self._held.setdefault(waiting.user_id, _HeldUser(waiting))
@@ -192,7 +196,7 @@ class Lane:
     def _start_single(self, waiting: WaitingDebit) -> asyncio.Task[None]:
         """Send a debit alone; its user's other debits are parked until it returns."""
         self._held.setdefault(waiting.user_id, _HeldUser(waiting))
-        self._mark_in_flight(waiting)  # now: its deadline may pass before the task begins
+        self._mark_in_flight(waiting)  # not in the task: the deadline may pass before it begins
         return self._start(self._run_single(waiting), waiting.context)
 
     async def _run_single(self, waiting: WaitingDebit) -> None:
@@ -202,7 +206,7 @@ class Lane:
             self._permits.give()
 
     async def _send_one_by_one(self, batch: list[WaitingDebit]) -> None:
-        """Send each debit of a batch alone, those of one user in their order."""
+        """Send each debit of a batch alone; the debits of a user keep their order."""
         by_user: dict[int, list[WaitingDebit]] = {}
         for waiting in batch:
             by_user.setdefault(waiting.user_id, []).append(waiting)
@@ -223,7 +227,7 @@ class Lane:
                     waiting.keyed, waiting.deadline, may_have_committed=waiting.may_have_committed
                 )
             )
-        except Exception as error:  # noqa: BLE001 - its caller gets it
+        except Exception as error:  # noqa: BLE001 - the caller gets it
             waiting.settle(error)
         finally:
             self._release(waiting)
@@ -246,7 +250,7 @@ class Lane:
             self._release(waiting)
 
     def _others(self) -> list[WaitingDebit]:
-        """Return the debits that have not been sent yet, or were skipped."""
+        """Return the debits that were not sent yet or were skipped."""
         parked = (waiting for user in self._held.values() for waiting in user.parked)
         return [*self._queue, *parked]
 
@@ -259,7 +263,7 @@ class Lane:
         return True
 
     def _release(self, waiting: WaitingDebit) -> None:
-        """Let the user's parked debits go on once the first one is settled."""
+        """Queue the user's parked debits once the first one is settled."""
         user = self._held.get(waiting.user_id)
         if user is not None and user.first is waiting:
             del self._held[waiting.user_id]

@@ -1,4 +1,4 @@
-"""Debits and their outcomes, as the database functions take and return them."""
+"""Debits and their outcomes, in the format of the database functions."""
 
 import time
 from collections.abc import Sequence
@@ -64,7 +64,7 @@ class KeyedDebit(NamedTuple):
 
     @property
     def has_generated_key(self) -> bool:
-        """Tell whether the key is the attempt's id, which the ledger uses if it gets no key."""
+        """Return whether the service generated the key: then it equals the attempt's id."""
         return self.key == self.attempt
 
 
@@ -93,7 +93,7 @@ class Debited(BaseModel):
         return self.transaction_id
 
     def matches(self, debit: Debit) -> bool:
-        """Tell whether this is the outcome of a request for the same debit."""
+        """Return whether this is the outcome of a request for the same debit."""
         return (
             self.user_id == debit.user_id
             and self.item_id == debit.item_id
@@ -102,7 +102,7 @@ class Debited(BaseModel):
 
 
 class Declined(BaseModel):
-    """The rules refused the debit; no money moved. `members` are what the problem adds."""
+    """The ledger declined the debit, and nobody was charged; `members` are for the problem."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -133,11 +133,11 @@ class Declined(BaseModel):
         return outcome | {"members": members}
 
     def matches(self, debit: Debit) -> bool:
-        """Tell whether this is the outcome of a request for the same debit."""
+        """Return whether this is the outcome of a request for the same debit."""
         return self.item_id == debit.item_id and self.expected_price == debit.expected_price
 
     def problem(self) -> PaymentError:
-        """Return the problem that the caller gets, the same one at every replay."""
+        """Return the problem for the caller; every replay returns the same problem."""
         problem = DECLINES[self.outcome](None, **self.members)
         problem.replayed = self.replayed
         return problem
@@ -147,20 +147,20 @@ Outcome = Debited | Declined
 
 
 def may_be_seen_by(outcome: Outcome, actor: str | None) -> bool:
-    """Tell whether an actor may get a stored outcome; False only if both are known and differ."""
+    """Return whether an actor may get a stored outcome: not if it was stored for another actor."""
     return outcome.actor is None or actor is None or outcome.actor == actor
 
 
-# pydantic would otherwise try each class twice, which takes half of the time for an outcome.
+# Otherwise pydantic tries each class twice, which takes half of the time for an outcome.
 _ReadOutcome = Annotated[Debited | Declined, Field(union_mode="left_to_right")]
 _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(_ReadOutcome)
 _OUTCOME_OR_NONE: TypeAdapter[Outcome | None] = TypeAdapter(_ReadOutcome | None)
 
 
 def new_attempt() -> str:
-    """Return a new id of an attempt: a UUID of version 7 (RFC 9562, section 5.7).
+    """Return a new id for an attempt: a UUID of version 7 (RFC 9562, section 5.7).
 
-    Such ids grow with time, so new entries go to the end of the primary key's index. With five
+    Such ids increase with time, so new entries go to the end of the primary key's index. With five
     million entries, a debit then writes 0.6 times the WAL that it writes with random ids.
     """
     milliseconds = time.time_ns() // 1_000_000
@@ -181,7 +181,7 @@ def write_arguments(keyed: KeyedDebit) -> dict[str, JSON]:
 
 
 def write_debit(keyed: KeyedDebit) -> JSON:
-    """Return a debit of `debit_use_batch`, without null members: a request then holds more."""
+    """Return a debit for `debit_use_batch`; null members are omitted to keep the request small."""
     debit = keyed.debit
     written: dict[str, JSON] = {
         "user_id": debit.user_id,
@@ -198,10 +198,12 @@ def write_debit(keyed: KeyedDebit) -> JSON:
 
 
 def read_outcome(response: object, keyed: KeyedDebit) -> Outcome:
-    """Read what `debit_use` returned. This request's own lost response is no replay.
+    """Read the response of `debit_use`.
+
+    The repetition of a call whose response was lost is not a replay for the caller.
 
     Raises:
-        ValueError: it is no outcome, or that of another debit.
+        ValueError: the response is not an outcome, or is the outcome of another debit.
     """
     outcome = _OUTCOME.validate_python(response)
     if not outcome.matches(keyed.debit):
@@ -212,13 +214,13 @@ def read_outcome(response: object, keyed: KeyedDebit) -> Outcome:
 
 
 def read_batch(response: object, debits: Sequence[KeyedDebit]) -> list[Outcome | None]:
-    """Read what `debit_use_batch` returned; None: another transaction holds the user or the item.
+    """Read the response of `debit_use_batch`; None: another transaction locked the user or item.
 
     Raises:
-        ValueError: it is not a list of these debits' outcomes.
+        ValueError: the response is not a list with the outcomes of these debits.
     """
     if not isinstance(response, list) or len(response) != len(debits):
-        raise ValueError("there is not one outcome for each debit")
+        raise ValueError("the response does not have one outcome for each debit")
     return [
         None if _is_busy(outcome) else read_outcome(outcome, debit)
         for outcome, debit in zip(response, debits, strict=True)
@@ -226,10 +228,10 @@ def read_batch(response: object, debits: Sequence[KeyedDebit]) -> list[Outcome |
 
 
 def read_found(response: object) -> Outcome | None:
-    """Read what `find_payment` returned.
+    """Read the response of `find_payment`.
 
     Raises:
-        ValueError: it is neither an outcome nor null.
+        ValueError: the response is neither an outcome nor null.
     """
     return _OUTCOME_OR_NONE.validate_python(response)
 

@@ -1,4 +1,4 @@
-"""Retries of failed calls: whether, when, and the combined result."""
+"""Retries of failed calls: whether and when to retry, and the result of all attempts."""
 
 import asyncio
 import random
@@ -7,14 +7,14 @@ from app.errors import LedgerUnavailable, OutcomeUnknown, PaymentError
 from app.event_loop import now
 from app.http_client.retry_after import Pause
 
-# How long a call that did not run is repeated, for example while Postgres restarts.
+# How long a call that was not executed is repeated, for example while Postgres restarts.
 RETRY_SECONDS_MAX = 3.0
-FIRST_DELAY_SECONDS_MAX = 0.1  # before a call is repeated; each time up to twice as long
+FIRST_DELAY_SECONDS_MAX = 0.1  # before the first retry; the maximum doubles each time
 DELAY_SECONDS_MAX = 1.0
 
 
 class Retries:
-    """Decides whether and when a failed call is repeated, and what its failures mean together."""
+    """Decides whether and when a failed call is repeated, and if one may have been executed."""
 
     def __init__(self, pause: Pause, deadline: float, *, may_have_committed: bool = False) -> None:
         self.may_have_committed = may_have_committed
@@ -24,7 +24,7 @@ class Retries:
         self._calls = 0
 
     async def wait_before_retry(self, failure: PaymentError) -> bool:
-        """Wait until the call may be repeated; False if it may not."""
+        """Wait until the next attempt and return True; return False if no retry is allowed."""
         self._calls += 1
         if isinstance(failure, OutcomeUnknown):
             self.may_have_committed = True
@@ -40,5 +40,5 @@ class Retries:
 
 def _delay_seconds(calls: int) -> float:
     """Return an exponential delay with jitter, in seconds."""
-    most = min(FIRST_DELAY_SECONDS_MAX * 2 ** (calls - 1), DELAY_SECONDS_MAX)
-    return random.uniform(most / 2, most)  # noqa: S311 - it spreads callers, it guards nothing
+    longest = min(FIRST_DELAY_SECONDS_MAX * 2 ** (calls - 1), DELAY_SECONDS_MAX)
+    return random.uniform(longest / 2, longest)  # noqa: S311 - a delay, not a secret

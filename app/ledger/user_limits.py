@@ -1,4 +1,4 @@
-"""Limits for each user, so that one user's requests leave room for those of others."""
+"""Limits per user, so that one user's requests leave capacity for other users."""
 
 import asyncio
 from collections import Counter
@@ -9,11 +9,11 @@ from weakref import WeakValueDictionary
 from app.errors import LedgerUnavailable, Overloaded
 
 WAITING_OF_USER_MAX = 64
-LOOKUPS_AT_ONCE_OF_USER_MAX = 2  # fewer than LOOKUPS_MAX of all users
+LOOKUPS_AT_ONCE_OF_USER_MAX = 2  # less than LOOKUPS_MAX, the limit for all users
 
 
 class UserLimit:
-    """Counts the debits of each user that wait, and refuses more than the maximum."""
+    """Counts the waiting debits of each user, and rejects more than the maximum."""
 
     def __init__(self) -> None:
         self._waiting: Counter[int] = Counter()
@@ -22,7 +22,7 @@ class UserLimit:
         """Count a debit of a user.
 
         Raises:
-            Overloaded: as many of this user as are allowed wait already.
+            Overloaded: the user already has the maximum of waiting debits.
         """
         if self._waiting[user_id] >= WAITING_OF_USER_MAX:
             raise Overloaded(f"{WAITING_OF_USER_MAX} debits of this user are waiting already")
@@ -36,17 +36,17 @@ class UserLimit:
 
 
 class UserTurns:
-    """Lets a few lookups of a user run at a time, however long they take; the others queue."""
+    """Limits how many lookups of a user run at the same time; the others queue."""
 
     def __init__(self) -> None:
         self._turns: WeakValueDictionary[int, asyncio.Semaphore] = WeakValueDictionary()
 
     @asynccontextmanager
     async def turn(self, user_id: int, deadline: float) -> AsyncIterator[None]:
-        """Wait for a turn; it ends with the block. The deadline is of the event loop's clock.
+        """Wait for a turn, which ends with the block; `deadline` is of the event loop's clock.
 
         Raises:
-            LedgerUnavailable: the deadline came first.
+            LedgerUnavailable: the deadline passed before the turn.
         """
         turns = self._turns.setdefault(user_id, asyncio.Semaphore(LOOKUPS_AT_ONCE_OF_USER_MAX))
         try:

@@ -13,13 +13,13 @@ from app.ledger.retries import RETRY_SECONDS_MAX
 
 @dataclass(eq=False)
 class WaitingDebit:
-    """A debit on its way to the ledger, and its caller who waits for the outcome."""
+    """A debit that was not settled yet; its caller waits for `outcome`."""
 
     keyed: KeyedDebit
     deadline: float
     arrived: float
     outcome: asyncio.Future[Outcome] = field(default_factory=asyncio.Future)
-    # A lane serves many requests; what it does for one is logged and traced as that one's.
+    # A lane works for many requests; logs and spans of a debit belong to the debit's request.
     context: Context = field(default_factory=copy_context)
     is_queued: bool = True  # until it is sent for the first time
     is_in_flight: bool = False
@@ -35,16 +35,16 @@ class WaitingDebit:
 
     @property
     def has_waited_too_long(self) -> bool:
-        """Tell whether the debit did not run for longer than RETRY_SECONDS_MAX."""
+        """Return whether the debit was not executed for longer than RETRY_SECONDS_MAX."""
         return not self.may_have_committed and now() - self.arrived > RETRY_SECONDS_MAX
 
     @property
     def size_bytes(self) -> int:
-        """Return the bytes that it adds to the request of a batch."""
+        """Return how many bytes the debit adds to the request of a batch."""
         return len(orjson.dumps(write_debit(self.keyed))) + len(",")
 
     def settle(self, result: Outcome | BaseException) -> None:
-        """Give the caller an outcome or a problem, unless the deadline has passed."""
+        """Give an outcome or a problem to the caller, unless the deadline has passed."""
         if self.outcome.done():
             # The caller may not have resumed yet and must not respond "not charged".
             self.may_have_committed |= not isinstance(result, BaseException)

@@ -1,1 +1,1 @@
-"""Use cases: what the service does for its callers."""
+"""Use cases of the service, without HTTP and SQL."""

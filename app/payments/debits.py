@@ -1,4 +1,4 @@
-"""The use case: charge a user for an item, exactly once."""
+"""The use case: charge a user for an item exactly once."""
 
 from app.auth.authentication import Caller
 from app.errors import (
@@ -22,7 +22,7 @@ NO_TOKEN = Caller()
 
 
 class Debits:
-    """Takes debits, at most so many at a time, and each for a limited time."""
+    """Executes debits, with a limit on concurrent debits and on the time for each."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Debits:
         metrics.waiting_max.set(waiting_max)
 
     def new_deadline(self) -> float:
-        """Return the time by which a request that arrives now gets its response."""
+        """Return the deadline for the response to a request that arrives now."""
         return now() + self._timeout_seconds
 
     async def debit_user_for_item(
@@ -76,7 +76,7 @@ class Debits:
         """Return the outcome stored for an idempotency key, or None.
 
         Raises:
-            LedgerUnavailable: it could not be looked up.
+            LedgerUnavailable: the lookup failed.
             IdempotencyKeyReused: the key was used by another actor.
         """
         try:
@@ -110,7 +110,11 @@ class Debits:
     async def _replay(
         self, debit: Debit, key: str, actor: str | None, deadline: float, refusal: PaymentError
     ) -> Debited:
-        """Return the outcome of an earlier request, although the item is refused now."""
+        """Return the outcome of an earlier request although the item is refused now.
+
+        Raises:
+            PaymentError: `refusal`, if there is no such outcome, or the problem of the outcome.
+        """
         outcome = await self._ledger.find(debit.user_id, key, deadline)
         if outcome is None or not outcome.matches(debit) or not may_be_seen_by(outcome, actor):
             raise refusal

@@ -13,7 +13,7 @@ from app.event_loop import now
 from app.products.client import Item, ProductsClient, open_products_client
 from app.telemetry.metrics import Metrics
 
-STALE_SECONDS_MAX = 60.0  # how old a response may be that is still used
+STALE_SECONDS_MAX = 60.0  # maximum age of a cached response that is still used
 ITEMS_MAX = 10_000
 
 
@@ -32,10 +32,11 @@ class _Call(NamedTuple):
 class Products:
     """Items of the products service, cached for all callers.
 
-    A response is used for `cache_seconds`. After that it is used for up to a minute while one call
-    in the background refreshes it, because the ledger checks the item and its price again. A caller
-    waits only if the item is not cached, or if it was not for sale: the ledger does not see such a
-    debit. With `cache_seconds` 0 every caller waits for a response, except while the service fails.
+    A response is used for `cache_seconds`. After that, it is used for up to a minute while one call
+    in the background refreshes it. This is safe, because the ledger checks the item and its price
+    again. A caller waits only if the item is not cached, or if the cached item is not for sale:
+    then the ledger is not called. With `cache_seconds` 0, every caller waits for a response, except
+    while the products service fails.
     """
 
     def __init__(
@@ -55,10 +56,10 @@ class Products:
         """Return an item, from the cache or from the products service.
 
         Raises:
-            ItemNotFound: the products service does not know it.
-            Forbidden: it refuses the caller's token.
-            ProductsUnavailable: it is down or too slow, or its response is invalid, and no response
-                of the last minute is cached.
+            ItemNotFound: the products service does not know the item.
+            Forbidden: the products service refuses the caller's token.
+            ProductsUnavailable: the products service is down or too slow, or its response is
+                invalid, and no response of the last minute is cached.
         """
         cached = self._cache.get(item_id)
         age_seconds = now() - cached.since if cached else STALE_SECONDS_MAX
@@ -83,11 +84,11 @@ class Products:
         await asyncio.gather(*results, return_exceptions=True)
 
     def _is_good_enough(self, item: Item) -> bool:
-        """Tell whether an old response is used while a call in the background refreshes it."""
+        """Return whether an old response is used while a call in the background refreshes it."""
         return item.active and (self._cache_seconds > 0 or self.last_state != "ok")
 
     def _join_call(self, item_id: UUID, token: str | None) -> _Call | None:
-        """Return the call for an item, started now if necessary; None if none is allowed now."""
+        """Return the call in flight for an item, or a new one; None if no call is allowed now."""
         call = self._calls.get(item_id)
         if call is None and self._client.availability.may_call(item_id):
             call = _Call(token, asyncio.create_task(self._fetch(item_id, token)))
@@ -98,7 +99,7 @@ class Products:
     async def _result(self, call: _Call | None, item_id: UUID, token: str | None) -> Item:
         if call is None:
             raise self._client.unavailable()
-        result = await asyncio.shield(call.result)  # a caller who leaves does not cancel it
+        result = await asyncio.shield(call.result)  # a caller that disconnects does not cancel it
         if isinstance(result, Forbidden) and call.token != token:
             result = await self._fetch(item_id, token)
         if isinstance(result, PaymentError):

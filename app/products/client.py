@@ -33,9 +33,9 @@ class Item(BaseModel):
 
 
 class ProductsClient:
-    """Asks the products service for items.
+    """Gets items from the products service.
 
-    The products service gets the service's own token, or the caller's token if there is none.
+    Each call has the token of PRODUCTS_SERVICE_TOKEN, or the caller's token if that is not set.
     """
 
     def __init__(
@@ -57,16 +57,17 @@ class ProductsClient:
         metrics.announce_failing_call("products", "get_item", ProductsUnavailable.code)
 
     def token_for(self, callers_token: str | None) -> str | None:
-        """Return the caller's token if it is sent: it never leaves a service with its own token."""
+        """Return the caller's token if calls have it: not if the service has its own token."""
         return None if self._service_token else callers_token
 
     async def fetch_item(self, item_id: UUID, token: str | None) -> Item:
         """Return an item; `token` is the caller's.
 
         Raises:
-            ItemNotFound: the products service does not know it.
-            Forbidden: it refuses the caller's token.
-            ProductsUnavailable: it is down or too slow, or its response is invalid.
+            ItemNotFound: the products service does not know the item.
+            Forbidden: the products service refuses the caller's token.
+            ProductsUnavailable: the products service is down or too slow, or its response is
+                invalid.
         """
         with dependency_call(self._metrics, "products", "get_item"):
             try:
@@ -79,7 +80,7 @@ class ProductsClient:
             self.availability.record_success()
             if is_refused:
                 self.availability.log(
-                    logging.WARNING, f"{response.status_code} for a caller's token"
+                    logging.WARNING, f"status {response.status_code} for a caller's token"
                 )
                 raise Forbidden("The products service refuses the token")
             if item is None:
@@ -87,7 +88,7 @@ class ProductsClient:
             return item
 
     def unavailable(self) -> ProductsUnavailable:
-        """Return the problem of callers whose item cannot be checked."""
+        """Return the problem for callers whose item cannot be checked."""
         problem = ProductsUnavailable()
         self.availability.pause.apply_to(problem)
         return problem
@@ -126,7 +127,7 @@ async def open_products_client(
 
 
 def _read_item(response: httpx.Response, item_id: UUID) -> Item | None:
-    """Read a response; None is the products service's own 404, not that of a proxy before it."""
+    """Read a response; return None for a 404 of the products service, but not of a proxy."""
     if response.status_code == httpx.codes.NOT_FOUND and isinstance(response.json(), dict):
         return None
     response.raise_for_status()

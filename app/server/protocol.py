@@ -1,4 +1,4 @@
-"""HTTP/1.1 for uvicorn: its fast parser with limits, and without a change to another protocol."""
+"""HTTP/1.1 for uvicorn: its fast parser with limits and without protocol upgrades."""
 
 import asyncio
 from typing import Any
@@ -17,14 +17,14 @@ from app.errors import (
 )
 
 HEAD_BYTES_MAX = 64 * 1024  # request line and headers
-ESCAPES_MAX = 1000  # percent-encoded characters of path and query, which take long to decode
+ESCAPES_MAX = 1000  # percent-encoded characters in path and query; decoding them is slow
 HEADERS_MAX = 100
 HEAD_SECONDS_MAX = 10.0
-BODY_SECONDS_MAX = 12.0  # longer than the limit of the routes, which respond with 408
-WRITE_SECONDS_MAX = 10.0  # without any progress, because the caller does not read
+BODY_SECONDS_MAX = 12.0  # longer than the limit of the routes, which respond with 408 first
+WRITE_SECONDS_MAX = 10.0  # without progress, because the caller does not read the response
 PIPELINED_MAX = 8  # requests of one connection that wait for their responses
 CONNECTIONS_MAX = 2048
-# Further connections are for the probes; they are closed sooner, and after one response.
+# Further connections serve only probes. They have shorter limits and close after one response.
 RESERVED_CONNECTIONS_MAX = 64
 RESERVED_SECONDS_MAX = 1.0
 PROBE_PATHS = ("/health", "/ready", "/metrics")
@@ -37,7 +37,7 @@ COMPLETE = object()
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """A connection. A refusal by the parser is a problem, logged and counted like any response."""
+    """A connection. If it rejects a request, it sends a problem, which is logged and counted."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -45,16 +45,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._flow: _Flow  # the flow of uvicorn's class
         self._reserved = False
         self._refused = False
-        self._is_offer = False
-        self._head_bytes = 0  # of a head, or of the trailers, that are not complete yet
-        self._waiting = bytearray()  # received and not parsed yet
+        self._is_upgrade = False
+        self._head_bytes = 0  # received bytes of an incomplete head or of incomplete trailers
+        self._waiting = bytearray()  # received bytes that are not parsed yet
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._awaited: object = COMPLETE
         self._running: RequestResponseCycle | None = None
         self._idle_since = 0.0
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # like uvicorn's
         transport = _JoiningTransport(transport)  # type: ignore[assignment]  # it has what is used
         super().connection_made(transport)
         self.flow = self._flow = _Flow(transport)
@@ -69,7 +69,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True  # uvicorn's class tells only the latest request
+            self._running.disconnected = True  # uvicorn's class does so for the latest request only
             self._running.message_event.set()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
@@ -98,7 +98,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._parse(data)
 
     def _parse_waiting(self) -> None:
-        """Parse one head at a time, until enough requests wait for their responses."""
+        """Parse one head at a time, until the maximum of requests wait for their responses."""
         while self._waiting and len(self.pipeline) < PIPELINED_MAX - 1:
             end = self._waiting.find(HEAD_END, 0, PIECE_BYTES_MAX)
             end = PIECE_BYTES_MAX if end < 0 else end + len(HEAD_END)
@@ -110,8 +110,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         try:
             self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as offer:
-            self._ignore_upgrade(data[offer.args[0] :])
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
             return
         except httptools.HttpParserError as error:
             reason = error.__context__
@@ -131,9 +131,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._await_part(COMPLETE)
 
     def _ignore_upgrade(self, rest: bytes) -> None:
-        """Parse the head again without its offer, which RFC 9110 (7.8) lets a server ignore.
+        """Parse the head again without Upgrade, which a server may ignore (RFC 9110, section 7.8).
 
-        The parser stops at an offer (of h2c, of a WebSocket) and would skip the body.
+        The parser stops at an upgrade (to h2c or WebSocket) and would skip the body.
         """
         method = self.parser.get_method()
         if method == b"CONNECT":
@@ -149,9 +149,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._parse(rest)
 
     def on_headers_complete(self) -> None:
-        self._is_offer = self.parser.should_upgrade()
-        if self._is_offer:
-            return  # the parser stops now, and the head is parsed again without the offer
+        self._is_upgrade = self.parser.should_upgrade()
+        if self._is_upgrade:
+            return  # the parser stops now, and the head is parsed again without Upgrade
         if (
             len(self.headers) > HEADERS_MAX
             or self.url.count(b"%") > ESCAPES_MAX
@@ -160,7 +160,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             raise HeadersTooLarge
         super().on_headers_complete()
         self._head_bytes = 0
-        self.headers = []  # trailers come here, not among the headers (RFC 9110, section 6.5.1)
+        self.headers = []  # for the trailers, which are not headers (RFC 9110, section 6.5.1)
         if self._reserved:
             self.cycle.keep_alive = False
 
@@ -169,7 +169,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._is_offer:
+        if self._is_upgrade:
             return
         self.cycle.more_body = False
         self.cycle.message_event.set()
@@ -186,8 +186,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
-        # uvicorn's class starts and cancels a timer for each request; one that is checked when it
-        # ends makes up for what the limits cost.
+        # uvicorn's class starts and cancels a timer for each request. Here one timer serves many
+        # requests; this saves as much time as the limits cost.
         self._idle_since = self.loop.time()
         if self.timeout_keep_alive_task is None:
             self._await_idle(self.timeout_keep_alive)
@@ -207,12 +207,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self._end_idle)
 
     def _end_idle(self) -> None:
-        """Close the connection if it had no request for the time of keep-alive."""
+        """Close the connection if it was idle for the keep-alive time."""
         self.timeout_keep_alive_task = None
         if not self.cycle.response_complete:
-            return  # its response sets the timer again
+            return  # the end of its response starts the timer again
         seconds = self._idle_since + self.timeout_keep_alive - self.loop.time()
-        if self._read_timer is not None:  # a request arrives
+        if self._read_timer is not None:  # a request is arriving
             self._await_idle(self.timeout_keep_alive)
         elif seconds > 0:
             self._await_idle(seconds)
@@ -220,7 +220,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _await_part(self, part: object) -> None:
-        """Start the deadline of a part of a request, unless it runs already; none for COMPLETE."""
+        """Start the deadline for a part of a request unless it runs; end it for COMPLETE."""
         if part is self._awaited and self._read_timer is not None:
             return
         if self._read_timer is not None:
@@ -236,7 +236,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _end_reading(self) -> None:
         self._read_timer = None
-        if self.flow.read_paused:  # it is not the caller who is slow
+        if self.flow.read_paused:  # the service does not read, so the caller is not slow
             self._await_part(self._awaited)
         elif self.scope is None or not self._is_in_head():
             self.transport.close()
@@ -256,17 +256,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     # Refusals
 
     def _refuse(self, problem: PaymentError) -> None:
-        """Have the application respond with a problem, after the responses that are due."""
+        """Let the application respond with a problem, after the pending responses."""
         self._refused = True
         self._waiting.clear()
         self._await_part(COMPLETE)
-        is_due = self.cycle is not None and not self.cycle.response_complete
+        is_pending = self.cycle is not None and not self.cycle.response_complete
         transport = _LingeringTransport(self.transport, self.loop)
         if not self._is_in_head() and self.cycle.more_body:
             if self.cycle.response_complete:
-                transport.close()  # a second response would be taken for that of the next request
+                transport.close()  # a second response would look like that of the next request
                 return
-            is_due = self._give_up(self.cycle)
+            is_pending = self._give_up(self.cycle)
         headers = self.scope["headers"] if self.scope else []
         self.on_message_begin()
         self.scope |= {
@@ -291,13 +291,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             on_response=lambda: None,
         )
         self.cycle.more_body = False
-        if is_due:
+        if is_pending:
             self.pipeline.appendleft((self.cycle, self.app))
         else:
             self._start_asgi_task(self.cycle, self.app)
 
     def _give_up(self, cycle: RequestResponseCycle) -> bool:
-        """End the latest request, whose body is at fault; tell whether earlier ones are due."""
+        """Abort the latest request, whose body is invalid; return whether responses are pending."""
         cycle.disconnected = True
         cycle.message_event.set()
         if self.pipeline:
@@ -309,7 +309,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
 
 class _Flow(FlowControl):
-    """Does not read while requests wait, even if the request under way asks for its body."""
+    """Pauses reading while requests wait, even if the current request asks for its body."""
 
     _held = False
 
@@ -328,8 +328,8 @@ class _Flow(FlowControl):
 class _JoiningTransport:
     """Writes the head of a response together with the start of its body.
 
-    uvicorn writes them one after the other. Each write is a system call and a packet, which the
-    client has to read: together they take 10 % of the processor time of a debit in a batch.
+    uvicorn writes them one after the other. Each write is a system call and a packet that the
+    client has to read. Together they take 10 % of the processor time of a debit in a batch.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -364,9 +364,9 @@ class _JoiningTransport:
 
 
 class _LingeringTransport:
-    """Closes once the caller had time to read the response (RFC 9112, section 9.6).
+    """Closes after the caller had time to read the response (RFC 9112, section 9.6).
 
-    A connection that is closed while data arrives is reset, and the response is lost.
+    If a connection is closed while data arrives, it is reset and the response is lost.
     """
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
@@ -386,9 +386,9 @@ class _LingeringTransport:
 
 
 def _only_probes(app: Any) -> Any:
-    async def answer_probes(scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve_probes(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].removeprefix(scope["root_path"]) not in PROBE_PATHS:
             scope["state"]["refusal"] = Overloaded("Too many connections are open")
         await app(scope, receive, send)
 
-    return answer_probes
+    return serve_probes

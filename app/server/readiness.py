@@ -1,4 +1,4 @@
-"""Whether debits can be taken: from the first response of the ledger and the issuer to SIGTERM."""
+"""Readiness: from the first valid responses of the ledger and the issuer until SIGTERM."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from app.telemetry.metrics import Metrics
 FIRST_DELAY_SECONDS = 0.1
 DELAY_SECONDS_MAX = 5.0
 
-# Raises a PaymentError if a dependency has not responded as it should.
+# Raises a PaymentError if a dependency does not respond correctly.
 Check = Callable[[], Awaitable[None]]
 
 logger = logging.getLogger(__package__)
@@ -41,7 +41,7 @@ class Readiness:
         return {name: client.last_state for name, client in self._dependencies.items()}
 
     async def await_dependencies(self, *checks: Check) -> None:
-        """Turn ready once each check has passed; until then the log says why one has not."""
+        """Become ready once every check has passed; log why a check fails, and repeat it."""
         for check in checks:
             delay_seconds = FIRST_DELAY_SECONDS
             while not await _passes(check):
@@ -53,9 +53,9 @@ class Readiness:
 
     @contextmanager
     def ended_by_sigterm(self) -> Iterator[None]:
-        """Turn not ready when SIGTERM comes, before the server's own handler stops it."""
+        """Become not ready at SIGTERM, before the server's own handler runs."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # signals belong to the main thread; a server elsewhere gets none
+            yield  # only the main thread receives signals
             return
         stop_server = signal.getsignal(signal.SIGTERM)
 
@@ -78,7 +78,7 @@ async def _passes(check: Check) -> bool:
         logger.warning("not ready: %s. %s", error.code, _what_to_do(error))
         return False
     except Exception:
-        logger.exception("not ready: a fault of this service; the check is repeated")
+        logger.exception("not ready: internal error; the check is repeated")
         return False
     return True
 

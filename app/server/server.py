@@ -1,4 +1,4 @@
-"""The HTTP server: where it listens, what it allows a connection, and how it stops."""
+"""The HTTP server: its addresses, limits and shutdown."""
 
 import asyncio
 import ctypes
@@ -18,13 +18,13 @@ import uvicorn
 from app.server.protocol import CONNECTIONS_MAX, LimitedHttpProtocol
 
 GRACEFUL_SHUTDOWN_SECONDS_MAX = 20
-# After SIGTERM new requests are still served for so long, and every response closes its connection,
-# so that no client sends a request on a connection that is being closed.
+# How long new requests are still served after SIGTERM. Each response then closes its connection, so
+# that no client sends a request on a connection that is being closed.
 DRAIN_SECONDS = 1.0
-HANDSHAKES_SECONDS = 0.2  # for connections that are being established when no more are taken
-LAST_REQUESTS_SECONDS = 0.2  # for connections that were accepted last
-# Longer than proxies keep an idle connection (60 s as a rule): a proxy that sends on one just as
-# the service closes it responds with 502 by itself.
+HANDSHAKES_SECONDS = 0.2  # to finish handshakes that began before new ones were dropped
+LAST_REQUESTS_SECONDS = 0.2  # to receive the requests of the connections that were accepted last
+# Longer than proxies usually keep an idle connection (60 s). If the service closes a connection
+# while a proxy sends a request on it, the proxy responds with 502.
 KEEP_ALIVE_SECONDS = 75
 OPEN_FILES = 2 * CONNECTIONS_MAX
 # Drops the packets that ask for a connection (TCP flag SYN) and lets all others through. Each line
@@ -40,12 +40,15 @@ NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT
 
 
 class DrainingServer(uvicorn.Server):
-    """Goes on for a moment after SIGTERM, then stops as uvicorn does; a second SIGTERM stops it."""
+    """Serves requests for a moment after SIGTERM, then stops like uvicorn.
+
+    A second SIGTERM skips this moment.
+    """
 
     _loop: asyncio.AbstractEventLoop
     _listeners: list[socket.socket]
     _draining: asyncio.Task[None] | None = None
-    _is_told_to_stop = False
+    _has_sigterm = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -53,8 +56,8 @@ class DrainingServer(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if sig == signal.SIGTERM and not self._is_told_to_stop:
-            self._is_told_to_stop = True
+        if sig == signal.SIGTERM and not self._has_sigterm:
+            self._has_sigterm = True
             self._loop.call_soon_threadsafe(self._start_draining)
         else:
             super().handle_exit(sig, frame)
@@ -64,8 +67,8 @@ class DrainingServer(uvicorn.Server):
 
     async def _drain(self) -> None:
         await asyncio.sleep(DRAIN_SECONDS)
-        # The kernel resets connections that nobody has accepted when their listener is closed. So
-        # first no more are established: their clients ask again after a second and are refused.
+        # When a listener is closed, the kernel resets the connections that were not accepted yet.
+        # So new connections are dropped first: their clients try again and are refused.
         for listener in self._listeners:
             stop_connections(listener)
         await asyncio.sleep(HANDSHAKES_SECONDS)
@@ -85,12 +88,12 @@ class DrainingServer(uvicorn.Server):
 
 
 def stop_connections(listener: socket.socket) -> None:
-    """Have the kernel drop what asks for a new connection; only Linux can."""
+    """Make the kernel drop the packets that ask for a new connection; works only on Linux."""
     if sys.platform != "linux":
         return
     program = b"".join(struct.pack("HBBI", *instruction) for instruction in DROP_SYN)
     buffer = ctypes.create_string_buffer(program)
-    with suppress(OSError):  # without it, few connections are reset
+    with suppress(OSError):  # without the filter, only a few connections are reset
         listener.setsockopt(
             socket.SOL_SOCKET,
             SO_ATTACH_FILTER,
@@ -126,7 +129,7 @@ def make_config(application: Any, *, root_path: str = "") -> uvicorn.Config:
 
 
 def listen(host: str | None, port: int) -> list[socket.socket]:
-    """Listen on an address; on None, on all addresses of IPv4 and, unless disabled, of IPv6.
+    """Listen on the addresses of a host; None means all of IPv4 and, unless disabled, of IPv6.
 
     Raises:
         OSError: the address or the port cannot be used.
@@ -136,7 +139,7 @@ def listen(host: str | None, port: int) -> list[socket.socket]:
     for family, _, _, _, address in socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     ):
-        # With port 0 all families have the port that the first one got.
+        # With port 0, all address families use the port that the first one got.
         chosen = port or (sockets[0].getsockname()[1] if sockets else 0)
         try:
             sockets.append(_listener(family, (address[0], chosen, *address[2:])))
@@ -177,13 +180,14 @@ def serve(application: Any, host: str | None, port: int, root_path: str = "") ->
         where = f"port {port}" if host is None else f"{host}, port {port}"
         sys.exit(
             f"The service cannot listen on {where} ({error.strerror}). "
-            "End the program that uses the port, or choose another: --host, --port."
+            "Stop the program that uses the port, or choose another address or port with --host "
+            "and --port."
         )
     DrainingServer(make_config(application, root_path=root_path)).run(sockets)
 
 
 def _allow_open_files() -> None:
-    """Raise the limit of open files as far as connections need it and the system permits."""
+    """Raise the limit of open files to what connections need, or to what the system permits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:

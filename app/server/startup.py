@@ -1,4 +1,4 @@
-"""Why the service cannot start, in one message."""
+"""The message that says why the service cannot start."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ logger = logging.getLogger(__package__)
 
 
 class StartupMessage:
-    """Middleware: says why the startup failed in one message, instead of Starlette's traceback."""
+    """Middleware: replaces Starlette's traceback by a message that says why the startup failed."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -36,7 +36,7 @@ def describe_startup_failure(error: BaseException) -> str:
         return str(error)
     return (
         f"{CANNOT_START}: {type(error).__name__} in {_place(error)}. "
-        "Check its settings; with LOG_LEVEL=DEBUG the log shows where it fails."
+        "Check its settings; with LOG_LEVEL=DEBUG the log shows the traceback."
     )
 
 

@@ -1,4 +1,4 @@
-"""One process: several would each show a part of the metrics, and each have its own limits."""
+"""The check for a single worker process: each process has its own metrics and limits."""
 
 import multiprocessing
 import os
@@ -12,19 +12,19 @@ OPTION = re.compile(r"(?:--workers[= ]|-w ?)(\d+)(?: |$)")
 
 
 def refuse_several_workers() -> None:
-    """Stop the start if the server was told to run several worker processes.
+    """Stop the startup if the server is configured to run several worker processes.
 
     Raises:
-        SettingsError: more than one.
+        SettingsError: there is more than one worker.
     """
-    told = [os.environ.get("WEB_CONCURRENCY", ""), *OPTION.findall(" ".join(sys.argv[1:]))]
-    workers = max((int(count) for count in told if count.isdecimal()), default=1)
+    configured = [os.environ.get("WEB_CONCURRENCY", ""), *OPTION.findall(" ".join(sys.argv[1:]))]
+    workers = max((int(count) for count in configured if count.isdecimal()), default=1)
     if workers == 1:
         return
     if supervisor := multiprocessing.parent_process():
-        os.kill(supervisor.pid or 0, signal.SIGTERM)  # uvicorn's would start the next one, forever
+        os.kill(supervisor.pid or 0, signal.SIGTERM)  # else uvicorn restarts this worker forever
     raise SettingsError(
-        f"{CANNOT_START} with {workers} workers: it is one process, because /metrics "
-        "shows only one. Start it with `python -m app`, without --workers and WEB_CONCURRENCY; for "
-        "more throughput, run more pods or containers."
+        f"{CANNOT_START} with {workers} workers: it must be one process, because /metrics "
+        "shows only one process. Start it with `python -m app`, without --workers and "
+        "WEB_CONCURRENCY; for more throughput, run more pods or containers."
     )

@@ -1,4 +1,4 @@
-"""The log: JSON for machines, readable at a terminal; every line says of which request it is."""
+"""The log: JSON, or readable text at a terminal; each line has the id of its request."""
 
 import asyncio
 import logging
@@ -15,15 +15,15 @@ from app.telemetry.request_record import request_now
 
 
 def configure_logging(level: str) -> None:
-    """Send to standard error what the service logs itself, and what its libraries do."""
+    """Write the log lines of the service and of its libraries to standard error."""
     stamp: list[Processor] = [_stamp]
     render: list[Processor] = [structlog.processors.format_exc_info, _as_json]
     if sys.stderr.isatty():
         stamp = [structlog.processors.add_log_level, structlog.processors.TimeStamper("%H:%M:%S")]
-        # Its own choice would show the variables of each function, and tokens and keys among them.
+        # structlog's default shows the local variables, and among them tokens and keys.
         plain = structlog.dev.plain_traceback
         render = [structlog.dev.ConsoleRenderer(exception_formatter=plain)]
-    # Lines of requests are many, and go past the standard library, which doubles their cost.
+    # The many lines about requests bypass the standard library, which doubles their cost.
     structlog.configure(
         processors=[*stamp, render[-1], cast("Processor", _as_bytes)],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
@@ -46,15 +46,15 @@ def configure_logging(level: str) -> None:
             root.removeHandler(previous)
     root.addHandler(handler)
     root.setLevel(level)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per call says nothing new
-    logging.getLogger("uvicorn.asgi").setLevel(logging.INFO)  # its trace shows requests' headers
-    # It warns of an OTEL_EXPORTER_OTLP_HEADERS that it cannot read by repeating it.
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per call adds nothing
+    logging.getLogger("uvicorn.asgi").setLevel(logging.INFO)  # level TRACE shows headers
+    # Its warning about an unreadable OTEL_EXPORTER_OTLP_HEADERS repeats the value, a secret.
     logging.getLogger("opentelemetry.util.re").setLevel(logging.ERROR)
-    _take_over_from_server()
+    _reformat_server_log()
 
 
 class _LineWriter:
-    """Writes the lines of one turn of the event loop together: alone, each would cost a call."""
+    """Writes all lines of one turn of the event loop with one system call."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -73,12 +73,12 @@ class _LineWriter:
         self._stream.flush()
 
 
-def _take_over_from_server() -> None:
-    """Give uvicorn's lines the shape of all others; a request has its line already."""
+def _reformat_server_log() -> None:
+    """Format uvicorn's lines like all others; drop its access log, which repeats our lines."""
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = name != "uvicorn.access"
-    # Started otherwise than by `python -m app`, it logs the query of a WebSocket handshake.
+    # Without `python -m app`, uvicorn logs the queries of WebSocket handshakes.
     logging.getLogger("uvicorn.error").addFilter(_is_no_handshake)
 
 

@@ -1,4 +1,4 @@
-"""The record of a request, its line in the log and its metrics."""
+"""The record of a request, its log line and its metrics."""
 
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,12 +14,11 @@ METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request. Routes, problems and the middleware fill it in; it is counted and logged once.
+    """One request. Routes, problems and the middleware set the fields; it is logged once.
 
-    `status` is 0 until the response starts. `code` is what the log says of the request. `operation`
-    is counted by its `outcome`, which stays None if there is none, for example because the client
-    closed the connection before its request was complete. `amount` is what was charged, in minor
-    units.
+    `status` is 0 until the response starts. `code` is for the log. The metrics count `operation` by
+    `outcome`, which is None if there is none, for example because the client closed the connection
+    before its request was complete. `amount` is the amount charged, in minor units.
     """
 
     request_id: str
@@ -34,7 +33,7 @@ class RequestRecord:
     amount: int = 0
 
     def settle(self, outcome: str, *, replayed: bool = False, amount: int = 0) -> None:
-        """Take the outcome of the operation."""
+        """Set the outcome of the operation."""
         self.code = outcome
         self.outcome = outcome
         self.replayed = replayed
@@ -45,14 +44,14 @@ class RequestRecord:
         return self.traceparent and self.traceparent[3:35]
 
 
-# The request that the current task works for.
+# The request that the current task belongs to.
 request_now: ContextVar[RequestRecord | None] = ContextVar("request_now", default=None)
 
 
 class RequestState(TypedDict):
-    """What the server, the middleware and the spans put into the state of a request.
+    """The state of a request, which the server, the middleware and the spans set.
 
-    `refusal` is why the server could not read it. `traceparent` is the trace context of its span.
+    `refusal` is the reason why the server rejects it. `traceparent` is the context of its span.
     """
 
     record: RequestRecord
@@ -62,15 +61,15 @@ class RequestState(TypedDict):
 
 
 class RequestRecorder:
-    """Counts each request that has ended, and writes its line in the log."""
+    """Counts each request at its end, and writes its log line."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        # Bound once: binding it for each line would cost more than the line.
+        # Bound once, because binding costs more than writing a line.
         self._log = structlog.get_logger().bind()
 
     def write(self, record: RequestRecord, seconds: float) -> None:
-        """Count and log a request that took so many seconds."""
+        """Count and log a request that took `seconds`."""
         method = record.method if record.method in METHODS else "other"
         status = str(record.status)
         self._metrics.request_seconds.labels(method, record.route, status).observe(seconds)

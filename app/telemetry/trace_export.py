@@ -1,4 +1,4 @@
-"""Where spans go: to a collector that speaks OTLP over HTTP."""
+"""The export of spans to a collector, by OTLP over HTTP."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +11,12 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from app import __version__
 
-EXPORT_TIMEOUT_SECONDS = 2.0  # a collector that is gone holds up the process's end so long
+EXPORT_TIMEOUT_SECONDS = 2.0  # an unreachable collector delays the shutdown by this time
 
 
 @contextmanager
 def spans_sent_to(endpoint: str) -> Iterator[None]:
-    """Send spans from a thread of their own, in batches, until the block ends.
+    """Send spans from a separate thread, in batches, until the block ends.
 
     OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER and the others of
     https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/ apply.

@@ -1,7 +1,7 @@
-"""The ids that join what one request causes: its own, and that of the trace it belongs to.
+"""Tracing: the trace context of requests, and their spans.
 
-Without a collector of traces the caller's trace context is only passed on. With one
-(OpenTelemetry, https://opentelemetry.io/docs/specs/otlp/) a request and its calls to dependencies
+Without a collector of traces, the service only passes the caller's trace context on. With one
+(OpenTelemetry, https://opentelemetry.io/docs/specs/otlp/), a request and its calls to dependencies
 are spans of the same trace.
 """
 
@@ -25,14 +25,14 @@ from app.telemetry.request_record import RequestState, request_now
 
 NO_CONTEXT = context.Context()
 TRACES_PER_SECOND_MAX = 100
-FAILED = "failed"  # the outcome of a call that ended otherwise than in an answer or a problem
+FAILED = "failed"  # the outcome of a call that ended with another exception than a problem
 # https://www.w3.org/TR/trace-context/#traceparent-header
 TRACEPARENT = re.compile(
     rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 )
 
 
-_tracer = trace.get_tracer(__name__)  # makes nothing until there is somewhere to send it
+_tracer = trace.get_tracer(__name__)  # creates no spans until an exporter is configured
 _propagator = TraceContextTextMapPropagator()
 
 
@@ -49,7 +49,7 @@ def exported_traces(endpoint: str | None) -> Iterator[None]:
     check_trace_variables()
     with ExitStack() as stack:
         with failure_names_settings("the exporter of traces", *trace_variables()):
-            # Without traces their libraries take neither time nor memory.
+            # Imported only here: without traces, the exporter uses neither time nor memory.
             from app.telemetry.trace_export import spans_sent_to  # noqa: PLC0415
 
             stack.enter_context(spans_sent_to(endpoint))
@@ -57,11 +57,11 @@ def exported_traces(endpoint: str | None) -> Iterator[None]:
 
 
 class RequestSpans:
-    """Middleware: a span for each request, within the caller's trace or at the start of one.
+    """Middleware: a span for each request, in the caller's trace or in a new one.
 
-    A request is not traced if the flag of the caller's trace context says so. All others are traced
-    while there are few, and a hundred a second when there are more: a span costs a third of a
-    debit's processor time, and callers could slow the service down by the flag alone.
+    A request is not traced if the flag in the caller's trace context says so. At most 100 other
+    requests per second are traced: a span costs a third of a debit's processor time, and callers
+    could otherwise slow the service down with the flag.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -110,7 +110,7 @@ class RequestSpans:
             state: RequestState = scope["state"]
             carrier: dict[str, str] = {}
             _propagator.inject(carrier)
-            if traceparent := carrier.get("traceparent"):  # OTEL_SDK_DISABLED makes no context
+            if traceparent := carrier.get("traceparent"):  # none with OTEL_SDK_DISABLED
                 state["traceparent"] = traceparent
             await self._app(scope, receive, send_and_record_status)
             record = state["record"]
@@ -119,18 +119,18 @@ class RequestSpans:
 
 
 def read_traceparent(headers: Mapping[bytes, bytes]) -> str | None:
-    """Take the caller's trace context, if it is one."""
+    """Return the caller's trace context, or None if it is missing or invalid."""
     traceparent = headers.get(b"traceparent", b"")
     return traceparent.decode() if TRACEPARENT.fullmatch(traceparent) else None
 
 
 def is_traced(traceparent: str) -> bool:
-    """Tell whether the caller records its part of the trace: the last bit of the flags."""
+    """Return whether the caller records its part of the trace (the last bit of the flags)."""
     return bool(int(traceparent[-2:], 16) & 1)
 
 
 async def pass_on_traceparent(request: httpx.Request) -> None:
-    """Put the trace context on a call to a dependency; a hook for httpx."""
+    """Add the trace context to a call to a dependency; an event hook for httpx."""
     _propagator.inject(request.headers)
     record = request_now.get()
     if record and record.traceparent:
@@ -142,12 +142,12 @@ def dependency_call(metrics: Metrics, dependency: str, operation: str) -> Iterat
     """Count, time and trace a call; its outcome is "ok" or the code of the problem raised."""
     outcome = FAILED
     started = perf_counter()
-    # A trace begins with a request: what the service asks on its own account is part of none.
+    # A trace begins with a request: calls that the service makes for itself belong to no trace.
     is_traced_now = trace.get_current_span().is_recording()
     name = f"{dependency} {operation}"
     try:
         with (
-            # Without the exception: its cause can hold what the database said of a row.
+            # Without the exception, because its cause can contain the values of a row.
             _tracer.start_as_current_span(name, kind=SpanKind.CLIENT, record_exception=False)
             if is_traced_now
             else nullcontext()
@@ -163,9 +163,9 @@ def dependency_call(metrics: Metrics, dependency: str, operation: str) -> Iterat
 
 
 def use_context_of(requests: Sequence[Context]) -> None:
-    """Log and trace what follows in this context as done for a request: the first that is traced.
+    """Log and trace the following calls as part of one request: the first that is traced.
 
-    The others' traces lead there by links, since a span has one parent only
+    The spans of the other requests get links to it, because a span has only one parent
     (https://opentelemetry.io/docs/concepts/signals/traces/#span-links).
     """
     holder = requests[0]

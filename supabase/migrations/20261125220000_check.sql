@@ -1,10 +1,10 @@
--- Stop before anything is changed if the other migrations cannot work in this database.
+-- Check whether the other migrations can work in this database, before they change anything.
 --
--- They rely on types, keys, defaults and triggers of "Users", "Items" and "Transaction_History".
--- One message lists all obstacles and decisions, with statements that remove them. The fixes keep
+-- They depend on types, keys, defaults and triggers of "Users", "Items" and "Transaction_History".
+-- One message lists all obstacles and decisions, with the statements that fix them. The fixes keep
 -- every user and every balance.
 -- The block only reads: make check-database DATABASE_URL=... runs it alone, in a read-only
--- transaction. The schema at the end tells the other files that the check has passed.
+-- transaction. The other files run only if the schema exists that this file creates at its end.
 
 begin;
 
@@ -12,8 +12,8 @@ set local statement_timeout = 0;
 
 do $check$
 declare
-  -- Access, rules and columns come first, then the dependents of a column, then rows and types:
-  -- the fixes work in the order of the list.
+  -- The fixes must run in the order of the list: access, rules and columns first, then objects that
+  -- depend on a column, then rows and types.
   obstacles text[] := '{}';
   conversions text[] := '{}';
   users regclass := to_regclass('public."Users"');
@@ -103,8 +103,8 @@ begin
     exists (select from pg_class where relnamespace = to_regnamespace('ledger'))
     or exists (select from pg_proc where pronamespace = to_regnamespace('ledger'))
   ) then
-    obstacles := obstacles || E'The schema ledger exists, and these migrations did not make it. '
-    'Functions that name it have to be changed after the fix.\n'
+    obstacles := obstacles || E'The schema ledger exists, but these migrations did not create it. '
+    'After the fix, change the functions that name it.\n'
     'Fix: alter schema ledger rename to ledger_before;'::text;
   end if;
   for finding in
@@ -137,8 +137,8 @@ begin
     group by owners.oid
   loop
     obstacles := obstacles || format(
-      E'The schema ledger or objects of the ledger belong to %1$s, and %2$I applies the migrations '
-      'now. %1$s has to run the fix.\nFix: %3$s',
+      E'The schema ledger or objects in it belong to %1$s, but %2$I applies the migrations. '
+      '%1$s has to run the fix.\nFix: %3$s',
       finding.owner, current_user, finding.statements
     );
   end loop;
@@ -198,7 +198,7 @@ begin
       )
   loop
     obstacles := obstacles || format(
-      E'Table %2$s should be called %1$I: PostgreSQL tells upper and lower case apart.\n'
+      E'Table %2$s should be called %1$I: PostgreSQL distinguishes upper and lower case.\n'
       'Fix: alter table %2$s rename to %1$I;', finding.name, finding.existing
     );
   end loop;
@@ -211,8 +211,8 @@ begin
     if finding.relkind not in ('r', 'p') then
       is_readable := false;
       obstacles := obstacles || format(
-        E'%1$I is not a table, and only a table can be locked and written to. The migration makes the '
-        'table once the name is free.\nFix: alter %2$s public.%1$I rename to %3$I;',
+        E'%1$I is not a table, but the ledger locks its rows and writes to it. After the fix, the '
+        'migration creates the table.\nFix: alter %2$s public.%1$I rename to %3$I;',
         finding.relname,
         case finding.relkind
           when 'v' then 'view' when 'm' then 'materialized view' when 'S' then 'sequence'
@@ -225,8 +225,8 @@ begin
     if finding.relkind = 'p' and finding.oid = history and not is_migrated then
       is_readable := false;
       obstacles := obstacles || E'Table "Transaction_History" is partitioned, which the migration '
-      'does not support. The fix copies its rows into a plain table; docs/scaling.md has partitions '
-      'for later.\n'
+      'does not support. The fix copies its rows into a plain table; docs/scaling.md says how to add '
+      'partitions later.\n'
       'Fix: alter table public."Transaction_History" rename to "Transaction_History_before"; '
       'create table public."Transaction_History" (like public."Transaction_History_before" '
       'including defaults including identity including generated); insert into '
@@ -241,7 +241,7 @@ begin
     if not pg_has_role(finding.relowner, 'usage') then
       is_readable := is_readable and has_table_privilege(finding.oid, 'select');
       obstacles := obstacles || format(
-        E'Table %1$I belongs to %2$s, and %3$I applies the migrations. %2$s has to run the fix.\n'
+        E'Table %1$I belongs to %2$s, but %3$I applies the migrations. %2$s has to run the fix.\n'
         'Fix: alter table public.%1$I owner to %3$I;',
         finding.relname, finding.relowner::regrole::text, current_user
       );
@@ -271,12 +271,12 @@ begin
   loop
     is_readable := false;
     obstacles := obstacles || format(
-      E'Table %1$s inherits from %2$s, so keys do not hold for the rows of both.%3$s\n'
+      E'Table %1$s inherits from %2$s, so no key covers the rows of both.%3$s\n'
       'Fix: alter table %1$s no inherit %2$s;%4$s',
       finding.child, finding.parent,
       case when finding.is_parent then format(
-        ' The fix makes %1$s a table of its own, and copies its rows to %2$s unless there is one of '
-        'the same %3$s.', finding.child, finding.parent, finding.key
+        ' The fix makes %1$s a separate table, and copies its rows to %2$s, except rows whose %3$s '
+        'exists there.', finding.child, finding.parent, finding.key
       ) end,
       case when finding.is_parent then format(
         ' insert into %1$s (%3$s) overriding system value select %3$s from %2$s as child where not '
@@ -291,7 +291,7 @@ begin
   exit readable_tables when not is_readable;
 
   ------------------------------------------------------------------------------------------------
-  -- Rules and triggers of others on the three tables
+  -- Other rules and triggers on the three tables
   ------------------------------------------------------------------------------------------------
 
   for finding in
@@ -299,12 +299,13 @@ begin
     where ev_class in (users, items, history) and rulename <> '_RETURN'
   loop
     obstacles := obstacles || format(
-      E'Rule %1$I on %2$s changes what is written: %3$s\nFix: drop rule %1$I on %2$s;',
+      E'Rule %1$I on %2$s changes the rows that are written: %3$s\nFix: drop rule %1$I on %2$s;',
       finding.rulename, finding.name, finding.definition
     );
   end loop;
 
-  -- After the migration such triggers do not stop it: the audit lists those that could write.
+  -- Once the database is migrated, such triggers are no obstacle: the audit lists those that could
+  -- write to the tables.
   for finding in
     select trigger.tgname, trigger.tgrelid::regclass as name
     from pg_trigger as trigger
@@ -325,17 +326,17 @@ begin
       )
   loop
     obstacles := obstacles || format(
-      E'Trigger %1$I on %2$s could change or reject what the ledger writes. One that does neither '
-      'can be created again after the migration.\nFix: drop trigger %1$I on %2$s;',
+      E'Trigger %1$I on %2$s could change or reject the rows that the ledger writes. If it does '
+      'neither, create it again after the migration.\nFix: drop trigger %1$I on %2$s;',
       finding.tgname, finding.name
     );
   end loop;
 
   ------------------------------------------------------------------------------------------------
-  -- Views and functions of others that anon or authenticated can use
+  -- Other views and functions that anon or authenticated can use
   ------------------------------------------------------------------------------------------------
 
-  -- ledger.find_foreign_access() repeats this query, for the audit; a test compares the two.
+  -- ledger.find_foreign_access() has the same query for the audit; a test compares the two.
   for finding in
     with recursive tables (oid, name) as (
       select class.oid, class.relname::text from pg_class as class
@@ -506,7 +507,7 @@ begin
   end loop;
 
   ------------------------------------------------------------------------------------------------
-  -- Constraints and unique indexes of others that could reject a debit
+  -- Other constraints and unique indexes that could reject a debit
   ------------------------------------------------------------------------------------------------
 
   -- A debit fills these columns of the history. A unique index cannot reject a debit if it has
@@ -534,7 +535,7 @@ begin
         )
       )
       and (
-        -- An entry without an item leaves the item null.
+        -- The item of an entry can be null.
         (index.indrelid = history and index.indisprimary and exists (
           select from pg_attribute
           where attrelid = history and attname = 'item' and attnum = any(index.indkey)
@@ -601,8 +602,8 @@ begin
           )
         )
       ) or (
-        -- A debit writes the row of the user again, so every check has to hold, not only those of
-        -- the balance. Limits that no debit crosses are harmless.
+        -- A debit updates the user's row, so the row must pass every check, not only those of the
+        -- balance. A limit that no debit can exceed is harmless.
         con.conrelid = users and con.contype in ('c', 'n')
         and (
           (not con.convalidated and (con.contype = 'c' or not con.conkey <@ (
@@ -629,8 +630,8 @@ begin
     );
   end loop;
 
-  -- Columns that a debit does not fill, and that must not be null. Only a default that cannot be
-  -- null helps: a constant, or a function of PostgreSQL or of an extension.
+  -- Columns that must not be null, and that a debit does not set. Only a default that cannot be null
+  -- is safe: a constant, or a function of PostgreSQL or of an extension.
   for finding in
     select
       attribute.attname,
@@ -675,7 +676,7 @@ begin
       )
   loop
     obstacles := obstacles || format(
-      E'Column %1$I of "Transaction_History" must not be null, and a debit does not fill it.\n'
+      E'Column %1$I of "Transaction_History" must not be null, but a debit does not set it.\n'
       'Fix: alter table public."Transaction_History" %2$salter column %1$I drop not null;',
       finding.attname, finding.change_type
     );
@@ -708,7 +709,7 @@ begin
       'alter table public."Transaction_History" alter column old_user drop not null;'::text;
   end if;
 
-  -- A missing column cannot be added without knowing what it should hold.
+  -- The migrations do not add such a column themselves, because they cannot know its values.
   for finding in
     select
       wanted.*,
@@ -737,8 +738,8 @@ begin
       )
   loop
     obstacles := obstacles || format(
-      E'Table %1$I has no column %2$I. If a column of another name holds it, rename that one '
-      '(alter table public.%1$I rename column ... to %2$I;); else add it.\n'
+      E'Table %1$I has no column %2$I. If another column has these values, rename that column '
+      '(alter table public.%1$I rename column ... to %2$I;); otherwise add the column.\n'
       'Fix: alter table public.%1$I add column %2$I %3$s%4$s;',
       finding.table_name, finding.column_name, finding.definition, finding.key
     );
@@ -801,7 +802,7 @@ begin
         ) into is_true;
       end if;
 
-      -- The values may be those of another key of the table: all of them are found there.
+      -- The values may be those of another key of the table, if all of them occur there.
       for candidate in
         select attname, ambiguous.query
         from pg_attribute as attribute
@@ -845,14 +846,14 @@ begin
 
       if finding.is_right_type and via is not null and not is_true then
         references_found := references_found || format(
-          E'Column %1$I of "Transaction_History" has no foreign key, and its values are found in %2$I '
-          'and in %3$I of %4$I. The fix is for values of %2$I. For values of %3$I: %5$s\n'
+          E'Column %1$I of "Transaction_History" has no foreign key, and its values occur in %2$I and '
+          'in %3$I of %4$I. The fix is right for values of %2$I. For values of %3$I, run %5$s\n'
           'Fix: alter table public."Transaction_History" add foreign key (%1$I) references '
           'public.%4$I (%2$I);',
           finding.column_name, finding.key, via, finding.target,
           format(
             'update public."Transaction_History" as entry set %1$I = target.%2$I from public.%4$I '
-            'as target where target.%3$I = entry.%1$I; and then the fix.',
+            'as target where target.%3$I = entry.%1$I; before the fix.',
             finding.column_name, finding.key, via, finding.target
           )
         );
@@ -868,8 +869,8 @@ begin
     if via is not null then
       mapped := mapped || finding.column_name::text;
       references_found := references_found || format(
-        E'Column %1$I of "Transaction_History" %2$s, and the ledger needs %3$I. The fix looks it up, '
-        'and keeps the old values as %4$I.\nFix: %5$s',
+        E'Column %1$I of "Transaction_History" %2$s, but the ledger needs %3$I. The fix looks up the '
+        'new values, and keeps the old ones in the column %4$I.\nFix: %5$s',
         finding.column_name, hint, finding.key, 'old_' || finding.column_name,
         format(
           to_map, finding.target, via, finding.key, finding.type, 'new_' || finding.column_name,
@@ -880,7 +881,7 @@ begin
   end loop;
 
   ------------------------------------------------------------------------------------------------
-  -- Types of columns: smaller integers become bigint by themselves, the others need a decision
+  -- Types of columns: smaller integers become bigint automatically, other types need a decision
   ------------------------------------------------------------------------------------------------
 
   for finding in
@@ -893,15 +894,15 @@ begin
       wanted.type = 'bigint'
       and attribute.atttypid in ('int2'::regtype, 'int4'::regtype) as becomes_longer
     from (values
-      (1, 'Users', 'card_id', 'bigint', 'the number of the card'),
+      (1, 'Users', 'card_id', 'bigint', 'the card number of the user'),
       (2, 'Users', 'balance', 'bigint', 'money is whole minor units (öre)'),
       (3, 'Users', 'active', 'boolean', 'true or false'),
-      (4, 'Items', 'id', 'uuid', 'the products service and this one name items by UUID'),
+      (4, 'Items', 'id', 'uuid', 'the products service identifies items by UUID'),
       (5, 'Items', 'price', 'bigint', 'money is whole minor units (öre)'),
       (6, 'Items', 'active', 'boolean', 'true or false'),
       (7, 'Transaction_History', 'id', 'uuid', 'the transaction_id of a payment'),
       (8, 'Transaction_History', 'amount_delta', 'bigint', 'money is whole minor units (öre)'),
-      (9, 'Transaction_History', 'created_at', 'timestamptz', 'a moment, the same in every time zone'),
+      (9, 'Transaction_History', 'created_at', 'timestamptz', 'a time with its time zone'),
       (10, 'Transaction_History', user_column, 'bigint', 'the card_id of the user'),
       (11, 'Transaction_History', 'item', 'uuid', 'the id of the item')
     ) as wanted (place, table_name, column_name, type, meaning)
@@ -969,13 +970,13 @@ begin
         expression, finding.column_name, finding.table_name
       ) into is_true;
       if finding.is_key and not is_true then
-        conversion_error := 'different values would become the same';
+        conversion_error := 'different values would become equal';
       end if;
     exception when data_exception or cannot_coerce then
       conversion_error := sqlerrm;
     end;
 
-    -- Foreign keys that name the column; the migrations make those of the three tables again.
+    -- Foreign keys that use the column; the migrations create those of the three tables again.
     select
       coalesce(string_agg(format(
         'alter table %s drop constraint if exists %I; ', conrelid::regclass, conname
@@ -994,8 +995,9 @@ begin
     hint := '';
     if finding.is_key and (conversion_error is not null or category = 'N') then
       hint := format(
-        ' The values cannot stay (%s): the fix gives every row a new one, and keeps the old one as %I.',
-        coalesce(conversion_error, 'no UUID is a number'), 'old_' || finding.column_name
+        ' The values cannot be kept (%s): the fix gives every row a new value, and keeps the old one in '
+        'the column %I.',
+        coalesce(conversion_error, 'a number is not a UUID'), 'old_' || finding.column_name
       );
       fix := format(
         'alter table public.%1$I rename column %2$I to old_%2$s; ',
@@ -1017,7 +1019,7 @@ begin
           );
         end if;
       elsif not finding.atthasdef and finding.attidentity = '' then
-        -- Foreign keys of other tables keep the old key, so new rows need a value of it.
+        -- Foreign keys of other tables still use the old key, so new rows need a value for it.
         fix := fix || format(
           case
             when base_type in ('int2'::regtype, 'int4'::regtype, 'int8'::regtype) then
@@ -1070,9 +1072,9 @@ begin
     else
       hint := case
         when finding.is_money and base_type not in ('int2'::regtype, 'int4'::regtype, 'int8'::regtype)
-          then ' The fix is for kronor; leave out "* 100" for amounts that are in öre already.'
+          then ' The fix converts kronor to öre; remove "* 100" if the amounts are already in öre.'
         when finding.type = 'timestamptz' and category <> 'N' and base_type <> 'timestamptz'::regtype
-          then ' The fix is for times in UTC; name another time zone if the clock had one.'
+          then ' The fix is for times in UTC; replace UTC if the times are of another time zone.'
         else ''
       end;
       if conversion_error is not null and finding.type = 'boolean' then
@@ -1085,12 +1087,12 @@ begin
         expression := format(
           'lower(btrim(%I::text)) in (%s)', finding.column_name, coalesce(expression, '''true''')
         );
-        hint := ' The fix lists the values that mean true; correct the list.';
+        hint := ' The fix lists the values that mean true; check and correct the list.';
         conversion_error := null;
       end if;
       if other_tables is not null then
         hint := hint || format(
-          ' It drops foreign keys of %s: create them again after changing their columns.',
+          ' The fix drops foreign keys of %s: create them again after changing their columns.',
           other_tables
         );
       end if;
@@ -1108,15 +1110,15 @@ begin
         );
       elsif finding.column_name = 'item' then
         hint := format(
-          ' Its values cannot be converted (%s), and are not found in "Items". The fix keeps them as '
-          'old_item, and the entries name no item.', conversion_error
+          ' Its values cannot be converted (%s), and do not occur in "Items". The fix keeps them in the '
+          'column old_item; the entries then have no item.', conversion_error
         );
         fix := 'alter table public."Transaction_History" rename column item to old_item; '
         'alter table public."Transaction_History" alter column old_item drop not null; '
         'alter table public."Transaction_History" add column item uuid;';
       else
         hint := format(' Some values cannot be converted: %s.', conversion_error);
-        fix := 'correct these values, and check again.';
+        fix := 'correct these values, and run the check again.';
       end if;
     end if;
     continue when finding.column_name = any(mapped);
@@ -1128,7 +1130,7 @@ begin
   end loop;
 
   ------------------------------------------------------------------------------------------------
-  -- Objects that use a column whose type changes, or the older debit_use
+  -- Objects that use a column whose type changes, or the old debit_use
   ------------------------------------------------------------------------------------------------
 
   -- The last object of a chain comes first, so that the statements work in this order.
@@ -1158,9 +1160,9 @@ begin
         union all
         select
           'pg_proc'::regclass, older.oid, 0,
-          'calls the older debit_use, which raised exceptions. The new one returns declines, and '
-          'this caller would take them for a success. Drop it, and create it again after the '
-          'migration so that it reads "outcome".'
+          'calls the old debit_use, which raised exceptions. The new one returns declines, which this '
+          'caller would treat as success. Drop it, and create it again after the migration so that it '
+          'reads "outcome".'
         from older
       ) as used
       inner join pg_depend as depend
@@ -1175,9 +1177,9 @@ begin
       union
       select
         'pg_proc'::regclass, caller.oid,
-        'calls the older debit_use, which raised exceptions. The new one returns declines, and '
-        'this caller would take them for a success. Drop it, and create it again after the '
-        'migration so that it reads "outcome".', 1
+        'calls the old debit_use, which raised exceptions. The new one returns declines, which this '
+        'caller would treat as success. Drop it, and create it again after the migration so that it '
+        'reads "outcome".', 1
       from pg_proc as caller
       where exists (select from older)
         and caller.proname not in ('debit_use', 'debit_use_batch', 'find_payment')
@@ -1254,7 +1256,7 @@ begin
     );
   end loop;
 
-  -- Columns of a table's row type keep the table's columns from changing.
+  -- If a column has the row type of a table, the columns of that table cannot be changed.
   for finding in
     with recursive types (oid, table_oid) as (
       select class.reltype, class.oid from pg_class as class where class.oid = any(altered_tables)
@@ -1277,27 +1279,29 @@ begin
     where not attribute.attisdropped
   loop
     obstacles := obstacles || format(
-      E'Column %1$I of %2$s holds rows of %3$s, of which a column changes its type. The fix keeps them '
-      'as jsonb.\nFix: alter table %2$s alter column %1$I type jsonb using to_jsonb(%1$I);',
+      E'Column %1$I of %2$s contains rows of %3$s, but the type of a column of %3$s has to change. The '
+      'fix converts them to jsonb.\n'
+      'Fix: alter table %2$s alter column %1$I type jsonb using to_jsonb(%1$I);',
       finding.attname, finding.name, finding.row_type
     );
   end loop;
 
   ------------------------------------------------------------------------------------------------
-  -- Rows without a value, keys, and values that the ledger cannot hold
+  -- Missing values, keys, and values that the ledger cannot store
   ------------------------------------------------------------------------------------------------
 
   for finding in
     select wanted.* from (values
       (
-        'Users', 'card_id', 'bigint', 'a user without a number cannot pay. The fix gives each the '
+        'Users', 'card_id', 'bigint', 'a user needs a card number. The fix gives each of them the '
         'next free number',
         'update public."Users" as users set card_id = numbered.number from (select ctid, (select '
         'coalesce(max(card_id), 0) from public."Users") + row_number() over (order by ctid) as number '
         'from public."Users" where card_id is null) as numbered where users.ctid = numbered.ctid;'
       ),
       (
-        'Users', 'balance', null, 'a balance is a number. The fix sets that of the entries, or 0',
+        'Users', 'balance', null,
+        'a user needs a balance. The fix sets the balance of the last entry, or 0',
         case
           when is_migrated then
             'update public."Users" set balance = coalesce((select balance_after from '
@@ -1307,23 +1311,26 @@ begin
         end
       ),
       (
-        'Users', 'active', null, 'it says whether the user may buy. The fix deactivates them',
+        'Users', 'active', null,
+        'it says whether the user may pay. The fix deactivates these users',
         'update public."Users" set active = false where active is null;'
       ),
       (
-        'Items', 'id', 'uuid', 'an item has an id',
+        'Items', 'id', 'uuid', 'an item needs an id. The fix generates ids',
         'update public."Items" set id = gen_random_uuid() where id is null;'
       ),
       (
-        'Items', 'price', null, 'a price is a number. The fix sets 0, and the item is not for sale',
+        'Items', 'price', null,
+        'an item needs a price. The fix sets 0 and deactivates these items',
         'update public."Items" set price = 0, active = false where price is null;'
       ),
       (
-        'Items', 'active', null, 'it says whether the item is for sale. The fix deactivates them',
+        'Items', 'active', null,
+        'it says whether the item is for sale. The fix deactivates these items',
         'update public."Items" set active = false where active is null;'
       ),
       (
-        'Transaction_History', 'id', 'uuid', 'an entry has an id',
+        'Transaction_History', 'id', 'uuid', 'an entry needs an id. The fix generates ids',
         'update public."Transaction_History" set id = gen_random_uuid() where id is null;'
       ),
       (
@@ -1331,7 +1338,8 @@ begin
         'an entry belongs to a user. The fix moves such entries to another schema', to_archive
       ),
       (
-        'Transaction_History', 'created_at', null, 'an entry has a time',
+        'Transaction_History', 'created_at', null,
+        'an entry needs a time. The fix sets the year 2000',
         'update public."Transaction_History" set created_at = ''2000-01-01Z'' '
         'where created_at is null;'
       )
@@ -1339,7 +1347,7 @@ begin
     inner join pg_attribute as attribute
       on attribute.attrelid = to_regclass(format('public.%I', wanted.table_name))
       and attribute.attname = wanted.column_name
-    -- A not-null constraint may exist that was never validated.
+    -- There may be a not-null constraint that was never validated.
     where not attribute.attisdropped and not (is_migrated and attribute.attnotnull)
       and (wanted.type is null or wanted.type = format_type(attribute.atttypid, null)
         or (wanted.type = 'bigint' and attribute.atttypid in ('int2'::regtype, 'int4'::regtype)))
@@ -1373,7 +1381,7 @@ begin
     inner join pg_attribute as attribute
       on attribute.attrelid = to_regclass(format('public.%I', wanted.table_name))
       and attribute.attname = wanted.column_name and not attribute.attisdropped
-    -- The key of a partitioned or distributed history has the user in it.
+    -- The key of a partitioned or distributed history includes the user.
     where not exists (
       select from pg_index
       where indrelid = attribute.attrelid and indisunique and indisvalid and indimmediate
@@ -1391,7 +1399,9 @@ begin
     conversions := conversions || format(
       E'Column %2$I of %1$I is not unique.%3$s\nFix: %4$salter table public.%1$I add %5$s (%2$I);',
       finding.table_name, finding.column_name,
-      case when is_true then ' Some rows have the same: the fix gives all but the first a new one.' end,
+      case when is_true then
+        ' Some rows have the same value: the fix gives a new value to all of them except the first.'
+      end,
       case when is_true then format(
         'update public.%1$I as target set %2$I = numbered.next from (select ctid, %3$s as next from '
         '(select ctid, row_number() over (partition by %2$I order by ctid) as place from '
@@ -1462,9 +1472,9 @@ begin
     execute 'select exists (select from public."Transaction_History" where created_at = ''-infinity'' '
     'or created_at > now() + interval ''1 day'')' into is_true;
     if is_true then
-      conversions := conversions || E'Some entries have a time in the future, or an infinite one, and '
-      'later entries of the user would get it too. The fix takes the present, and 2000 for a time '
-      'before all others; put in better ones if you know them.\n'
+      conversions := conversions || E'Some entries have a time in the future, or an infinite time, and '
+      'later entries of the user would get the same time. The fix sets the current time, or the year '
+      '2000 instead of -infinity; use better times if you know them.\n'
       'Fix: update public."Transaction_History" set created_at = now() where created_at > now() + '
       'interval ''1 day''; update public."Transaction_History" set created_at = ''2000-01-01Z'' '
       'where created_at = ''-infinity'';'::text;
@@ -1489,8 +1499,8 @@ begin
       'coalesce(sum(abs(entry.amount_delta::numeric)), 0) > 9223372036854775807)', user_column
     ) into is_true;
     if is_true then
-      conversions := conversions || E'The balance and entries of a user exceed what bigint holds. The '
-      'fix takes 10^13 kronor for more than that; put in the right amounts if you know them.\n'
+      conversions := conversions || E'The balance and entries of a user exceed the range of bigint. The '
+      'fix limits amounts to 10^13 kronor; use the right amounts if you know them.\n'
       'Fix: update public."Users" set balance = 1000000000000000 where balance > 1000000000000000; '
       'update public."Transaction_History" set amount_delta = case when amount_delta < 0 then '
       '-1000000000000000 else 1000000000000000 end where amount_delta not between '
@@ -1504,7 +1514,7 @@ begin
     raise exception using
       errcode = 'object_not_in_prerequisite_state',
       message = format(
-        'This database cannot be migrated yet, and nothing was changed. %s to remove first:%s',
+        'This database cannot be migrated yet, and nothing was changed. Remove %s first:%s',
         case cardinality(obstacles) when 1 then '1 obstacle' else cardinality(obstacles) || ' obstacles' end,
         (
           select string_agg(E'\n\n' || place || '. ' || obstacle, '' order by place)
@@ -1515,8 +1525,9 @@ begin
 end
 $check$;
 
--- The other files do nothing without this schema.
+-- The other files raise an exception if this schema does not exist.
 create schema if not exists ledger;
-comment on schema ledger is 'The rules of a debit, and stored declines; not exposed by the API.';
+comment on schema ledger is
+'Functions of the ledger, and stored declines; the API does not expose this schema.';
 
 commit;

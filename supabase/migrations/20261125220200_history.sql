@@ -1,13 +1,14 @@
--- The history becomes a ledger: each entry says what it did to the balance, and in which order.
--- Columns, the entries of an older database and the triggers come in one transaction, so that no
--- entry and no balance is ever written without the triggers. The triggers hold for every writer:
+-- The history becomes a ledger: each entry has its number and the balance after it.
+-- One transaction adds the columns, numbers the existing entries and creates the triggers, so that
+-- no entry and no balance is ever written without the triggers. They apply to every writer:
 --
---   an entry continues the user's last one: seq is one higher, balance_after is higher by
---   amount_delta, created_at is not earlier;
---   a balance that changes without an entry gets one: opening for a new user, else adjustment;
---   no write makes a balance negative; an old negative balance may only rise;
---   entries and stored declines are never changed or removed, except declines under keys that the
---   service generated, after a day.
+--   An entry must continue the user's last entry: seq is one higher, balance_after is higher by
+--   amount_delta, and created_at is not earlier.
+--   If a balance changes without an entry, an entry is written: opening for a new user, otherwise
+--   adjustment.
+--   No write makes a balance negative. An old negative balance may only rise.
+--   Entries and stored declines cannot be changed or removed. The exception is declines with
+--   generated keys: they may be removed after a day.
 
 begin;
 
@@ -19,8 +20,8 @@ begin
     or to_regclass('ledger.declines') is null then
     raise exception using
       errcode = 'object_not_in_prerequisite_state',
-      message = 'The migration before this one was not applied; apply the files in order, and read '
-      'the message of the first that fails.';
+      message = 'The migration before this one was not applied. Apply the files in order, and read the '
+      'message of the first file that fails.';
   end if;
 end
 $$;
@@ -43,7 +44,7 @@ begin
   raise exception using
     errcode = 'lock_not_available',
     message = 'The tables are in use, and this file changed nothing. Stop the programs that write to '
-    'them, or apply it again later: pg_stat_activity shows who holds them.';
+    'them, or apply this file again later. pg_stat_activity shows the sessions that use them.';
 end
 $$;
 
@@ -74,8 +75,8 @@ begin
     where entry.id = numbered.id;
     drop function ledger.chain_entry();
     drop function ledger.apply_entry();
-    -- Its debit_use writes entries that the triggers now reject. Until the next migration replaces
-    -- it, callers are told to try again.
+    -- The debit_use of version 0.1 writes entries that the triggers now reject. Until the next
+    -- migration replaces it, it raises an error after which callers retry.
     execute $function$
       create or replace function ledger.debit(
         user_id_input bigint,
@@ -92,7 +93,7 @@ begin
 end
 $$;
 
--- A row without an amount says what was bought and not for how much: it counts as zero.
+-- A row without an amount counts as zero, because its price is not known.
 alter table public."Transaction_History"
 add column if not exists amount_delta bigint default 0,
 add column if not exists seq bigint,
@@ -110,8 +111,8 @@ declare
   others text[];
   states text[];
 begin
-  -- Only the first time, when no entry has its number yet: a balance that differs from the entries
-  -- later is an error, which the audit reports.
+  -- Only the first time, when the entries have no numbers yet. If a balance differs from its entries
+  -- later, that is an error, which the audit reports.
   if exists (
     select from pg_attribute
     where attrelid = 'public."Transaction_History"'::regclass and attname = 'seq' and attnotnull
@@ -119,7 +120,7 @@ begin
     return;
   end if;
 
-  -- Webhooks and similar triggers report new entries, not old ones.
+  -- Disable webhooks and similar triggers: they should report new entries, but not old ones.
   select array_agg(tgname), array_agg(case tgenabled when 'A' then 'enable always' else 'enable' end)
   into others, states
   from pg_trigger
@@ -129,7 +130,7 @@ begin
 
   update public."Transaction_History" set amount_delta = 0 where amount_delta is null;
 
-  -- An opening entry carries what the rows leave unexplained of a balance.
+  -- The amount of an opening entry is the balance minus the sum of the user's existing rows.
   insert into public."Transaction_History" (user_id, amount_delta, kind, created_at)
   select
     users.card_id,
@@ -200,7 +201,8 @@ alter table public."Transaction_History"
 add constraint transaction_history_idempotency_key_length
 check (char_length(idempotency_key) between 1 and 255);
 
--- A foreign key of another column does not count, and may have taken the usual name.
+-- Add missing foreign keys. They have no explicit names, because a foreign key of another column
+-- may have the usual name.
 do $$
 declare
   missing record;
@@ -273,8 +275,8 @@ begin
 end
 $$;
 
--- Write an entry for a balance that another writer changed. If the last entry explains the balance,
--- there is nothing to do.
+-- Write an entry if another writer changed the balance. If the balance equals balance_after of the
+-- last entry, do nothing.
 create or replace function ledger.explain_balance() returns trigger
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -283,8 +285,9 @@ declare
   last_entry record;
   entry_kind text := 'adjustment';
 begin
-  -- The usual cases, in one query: the balance is unchanged (or null), or a function has written the
-  -- entry. The trigger has no "when", which PostgreSQL parses for each statement (8 of 150 µs).
+  -- One query handles the usual cases: the balance is unchanged (or null), or a function has already
+  -- written the entry. The trigger has no "when" clause, because PostgreSQL would parse it for each
+  -- statement (8 of 150 µs).
   if coalesce(new.balance = old.balance, tg_op = 'UPDATE') or new.balance = (
     select balance_after from public."Transaction_History"
     where user_id = new.card_id and new.balance >= 0
@@ -332,7 +335,7 @@ language plpgsql security definer
 set search_path = pg_catalog, pg_temp
 as $$
 begin
-  raise exception 'entries of % are never changed or removed; write another entry', tg_table_name
+  raise exception 'entries of % cannot be changed or removed; write another entry', tg_table_name
   using
     errcode = 'restrict_violation',
     schema = tg_table_schema,
@@ -365,7 +368,7 @@ create or replace trigger refuse_change
 before update on ledger.declines
 for each statement execute function ledger.refuse_change();
 
--- Only calls in flight know a key that the service generated.
+-- Only a call in flight uses a key that the service generated, so the decline can be removed later.
 create or replace trigger refuse_removal
 before delete on ledger.declines
 for each row when (

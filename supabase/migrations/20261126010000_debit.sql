@@ -173,6 +173,8 @@ declare
   -- What this call writes:
   entries ledger.entry[];
   entry ledger.entry;
+  entry_id uuid;
+  entry_at timestamptz;
   declined ledger.debit[];
   repeated ledger.debit[];
   repeated_outcomes jsonb[];
@@ -242,21 +244,21 @@ begin
       new_balance := new_balance - price;
       last_seq := coalesce(last_seq, 0) + 1;
       stored_keys := stored_keys || debit.idempotency_key;
-      entry := row(
-        coalesce(debit.attempt, gen_random_uuid()), debit.user_id, last_seq, 'debit', debit.item_id,
-        -price, new_balance, greatest(decided_at, last_created_at), debit.idempotency_key,
-        debit.expected_price, debit.actor
-      );
-      entries := entries || entry;
+      entry_id := coalesce(debit.attempt, gen_random_uuid());
+      entry_at := greatest(decided_at, last_created_at);
+      entries := entries || row(
+        entry_id, debit.user_id, last_seq, 'debit', debit.item_id, -price, new_balance, entry_at,
+        debit.idempotency_key, debit.expected_price, debit.actor
+      )::ledger.entry;
       outcomes[debit.place] := jsonb_build_object(
         'outcome', result,
-        'transaction_id', entry.id,
+        'transaction_id', entry_id,
         'user_id', debit.user_id,
         'item_id', debit.item_id,
         'expected_price', debit.expected_price,
         'amount', price,
         'new_balance', new_balance,
-        'created_at', entry.created_at,
+        'created_at', entry_at,
         'replayed', false
       );
       continue;

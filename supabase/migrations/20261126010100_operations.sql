@@ -1,8 +1,8 @@
--- Functions beside the debit:
---   remove_generated_declines  the service removes declines that nobody asks for any more
---   check_ledger               the service asks whether debits work, before it is ready
---   audit_ledger               the operator asks whether the books add up
---   ledger.append              the owner of the tables corrects an account
+-- Functions for the operation of the ledger:
+--   remove_generated_declines  removes old declines with generated keys; called by the service
+--   check_ledger               checks that debits can work; called by the service at startup
+--   audit_ledger               checks that entries and balances agree; called by the operator
+--   ledger.append              corrects a balance; called by the owner of the tables
 
 begin;
 
@@ -12,13 +12,13 @@ begin
     or to_regtype('ledger.debit') is null then
     raise exception using
       errcode = 'object_not_in_prerequisite_state',
-      message = 'The migration before this one was not applied; apply the files in order, and read '
-      'the message of the first that fails.';
+      message = 'The migration before this one was not applied. Apply the files in order, and read the '
+      'message of the first file that fails.';
   end if;
 end
 $$;
 
--- Write one entry and the balance that follows from it.
+-- Write one entry and the new balance; return the id of the entry.
 create or replace function ledger.append(
   user_id_input bigint,
   kind_input text,
@@ -59,8 +59,8 @@ begin
 end
 $$;
 
--- The key of a debit without a key is the attempt's id, which its caller does not know. No call
--- takes a day, so after a day nobody asks for these declines.
+-- If a caller sends no key, the key is the attempt's id, which the caller does not know. Only the
+-- call itself uses it, and no call takes a day, so older declines are not needed.
 create or replace function public.remove_generated_declines(rows_max integer) returns integer
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -82,8 +82,8 @@ as $$
   select count(*)::integer from removed
 $$;
 
--- Check that everything that a debit reads and writes is as the functions expect it. An exception
--- lists what is wrong.
+-- Check that tables, columns, indexes and triggers are as a debit needs them. An exception lists
+-- the differences.
 create or replace function public.check_ledger() returns jsonb
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -129,7 +129,7 @@ begin
     where format_type(attribute.atttypid, null) is distinct from wanted.type
     union all
     select format(
-      'column %s of %s must not be null, and a debit does not fill it', attname, attrelid::regclass
+      'column %s of %s must not be null, but a debit does not set it', attname, attrelid::regclass
     )
     from pg_attribute
     where attrelid in (
@@ -172,7 +172,7 @@ begin
         where attribute.attrelid = index.indrelid and attribute.attnum = any(index.indkey)
           and (
             attribute.attname in ('id', 'seq', 'idempotency_key') or attribute.attidentity <> ''
-            -- A debit leaves columns of others null, or they are numbered.
+            -- In the entry of a debit, other columns are null or have generated values.
             or attribute.attname not in (
               'user_id', 'item', 'amount_delta', 'created_at', 'kind', 'balance_after',
               'expected_price', 'actor'
@@ -201,15 +201,16 @@ begin
     raise exception using
       errcode = 'object_not_in_prerequisite_state',
       message = faults,
-      hint = 'Apply the migrations again; their check names what has to go.';
+      hint = 'Apply the migrations again; their check lists the fixes.';
   end if;
   return jsonb_build_object('outcome', 'ready');
 end
 $$;
 
--- Return objects of others that reach the tables of the ledger past its rules: triggers, and
--- objects that anon or authenticated may use. The first migration stops at the latter with the same
--- query. The query does not see functions in C, or names that a function puts together from parts.
+-- Return other objects that could bypass the rules of the ledger: triggers on its tables, and
+-- objects that anon or authenticated can use. The check in the first migration has the same query
+-- for the latter. The query does not find functions in C, or functions that build the names of
+-- tables at run time.
 create or replace function ledger.find_foreign_access() returns table (fault text, fix text)
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -374,8 +375,8 @@ as $$
       )
   ) as found
   union all
-  -- Triggers on the tables, unless they are of the ledger, of PostgreSQL, of an extension or a
-  -- webhook. Those whose source reaches or names nothing of the ledger do no harm.
+  -- Triggers on the tables, except those of the ledger, of PostgreSQL, of extensions and webhooks.
+  -- A trigger is harmless if its source uses neither the tables nor their amounts.
   select
     format('Trigger %I on %I could write to the tables of the ledger.', trigger.tgname, tables.name),
     format('drop trigger %I on %s;', trigger.tgname, tables.oid::regclass)
@@ -437,16 +438,16 @@ as $$
 $$;
 
 comment on function ledger.append is
-'Write one entry and the balance that follows from it, as a correction; returns its id.';
+'Write one entry and the new balance, as a correction; return the id of the entry.';
 comment on function ledger.find_foreign_access is
-'Return objects of others that reach the tables of the ledger past its rules, and the fixes.';
+'Return other objects that could bypass the rules of the ledger, and the fixes.';
 comment on function public.remove_generated_declines is
-'Remove declines that are older than a day and whose key the service generated; returns how many.';
+'Remove declines with generated keys that are older than a day; return how many were removed.';
 comment on function public.check_ledger is
-'Raise an exception that lists what keeps debits from working, such as a column; only reads.';
+'Raise an exception that lists what prevents debits, such as a missing column; only reads.';
 comment on function public.audit_ledger is
-'Return users whose entries or balance do not add up and, with a null user, objects of others that '
-'reach past the rules; no rows if all is well.';
+'Return users whose entries and balance do not agree and, with a null user, other objects that '
+'could bypass the rules; no rows if there are no faults.';
 
 revoke all on function
 ledger.append(bigint, text, bigint, uuid, text),

@@ -47,7 +47,7 @@ def main() -> int:
     wanted = " ".join(options.name)
     chosen = [mutant for mutant in MUTANTS if wanted in mutant.name]
     if not chosen:
-        parser.error(f"the name of no mutant contains {wanted!r}; --list prints the names")
+        parser.error(f"no name of a mutant contains {wanted!r}; --list prints the names")
     if options.list:
         print(*(mutant.name for mutant in chosen), sep="\n")
         return 0

@@ -24,14 +24,14 @@ OF_RULES = (
     ("another item under the key is a replay", SAME_ITEM, "true"),
     ("another expected price under the key is a replay", SAME_PRICE, "true"),
     ("another actor's key is a replay", SAME_ACTOR, "true"),
-    ("no actor is another actor", SAME_ACTOR, SAME_ACTOR.replace(", true", ", false")),
+    ("a missing actor is another actor", SAME_ACTOR, SAME_ACTOR.replace(", true", ", false")),
     (
         "an unknown user is returned as inactive",
         "then 'user_not_found'",
         "then 'user_inactive'",
     ),
-    ("an inactive user is sold to", USER_INACTIVE, ""),
-    ("only inactive users are sold to", USER_INACTIVE, USER_INACTIVE.replace("not ", "")),
+    ("an inactive user is charged", USER_INACTIVE, ""),
+    ("only inactive users are charged", USER_INACTIVE, USER_INACTIVE.replace("not ", "")),
     (
         "an unknown item is returned as inactive",
         ITEM_UNKNOWN,
@@ -44,14 +44,14 @@ OF_RULES = (
         ITEM_UNKNOWN + USER_INACTIVE,
     ),
     ("the expected price is ignored", PRICE, ""),
-    ("only a higher price has changed", PRICE, PRICE.replace("<>", ">")),
-    ("only a lower price has changed", PRICE, PRICE.replace("<>", "<")),
-    ("the expected price must not be the price", PRICE, PRICE.replace("<>", "=")),
+    ("only a higher price is reported as changed", PRICE, PRICE.replace("<>", ">")),
+    ("only a lower price is reported as changed", PRICE, PRICE.replace("<>", "<")),
+    ("an expected price that equals the price is declined", PRICE, PRICE.replace("<>", "=")),
     ("the balance is checked before the price", PRICE + FUNDS, FUNDS + PRICE),
     ("the balance is not checked", FUNDS, ""),
-    ("the last coin cannot be spent", FUNDS, FUNDS.replace(" > ", " >= ")),
+    ("a balance that equals the price is declined", FUNDS, FUNDS.replace(" > ", " >= ")),
     (
-        "a debt of one is allowed",
+        "a new balance of -1 is allowed",
         FUNDS,
         FUNDS.replace("new_balance", "new_balance + 1"),
     ),
@@ -83,11 +83,11 @@ OF_RULES = (
     ("a decline's actor is not stored", "      request.actor\n    from", "      null\n    from"),
     (
         "an entry's actor is not stored",
-        "debit.expected_price, debit.actor\n      );",
-        "debit.expected_price, null\n      );",
+        "debit.expected_price, debit.actor\n      )::",
+        "debit.expected_price, null\n      )::",
     ),
     (
-        "a free item costs one",
+        "a free item costs 1",
         "      new_balance := new_balance - price;\n",
         "      price := greatest(price, 1);\n      new_balance := new_balance - price;\n",
     ),
@@ -104,8 +104,8 @@ OF_RULES = (
     ),
     (
         "the balance before the call is returned",
-        "        'new_balance', new_balance,\n        'created_at', entry",
-        "        'new_balance', debit.balance,\n        'created_at', entry",
+        "        'new_balance', new_balance,\n        'created_at', entry_at",
+        "        'new_balance', debit.balance,\n        'created_at', entry_at",
     ),
     (
         "the attempt is not the entry's id",
@@ -146,7 +146,7 @@ OF_LOOKUPS = (
         "    'replayed', false\n  )\n  from ledger",
     ),
     (
-        "a lookup has no members that are null",
+        "a lookup omits members that are null",
         "  select ledger.find_outcome(user_id_input, idempotency_key_input)\n",
         "  select jsonb_strip_nulls(ledger.find_outcome(user_id_input, idempotency_key_input))\n",
     ),
@@ -154,12 +154,12 @@ OF_LOOKUPS = (
 
 OF_BATCHES = (
     (
-        "outcomes are in the order of decision",
+        "outcomes are in the order of processing",
         "outcomes[debit.place] := jsonb_build_object(\n        'outcome', result",
         "outcomes[cardinality(entries)] := jsonb_build_object(\n        'outcome', result",
     ),
     (
-        "debits of a user are decided in the opposite order",
+        "debits of a user are processed in the opposite order",
         "order by user_id, place\n",
         "order by user_id, place desc\n",
     ),
@@ -175,7 +175,7 @@ OF_BATCHES = (
     ("a busy user is returned as unknown", BUSY_USER, "where false"),
     ("a busy item is returned as unknown", BUSY_ITEM, "where false"),
     (
-        "a key that is used twice in a batch charges twice",
+        "a key that occurs twice in a batch is charged twice",
         "    elsif debit.idempotency_key = any(stored_keys) then\n",
         "    elsif false then\n",
     ),
@@ -185,7 +185,7 @@ OF_BATCHES = (
         "outcomes[debit.place] := repeated_outcomes[repeated[1].place];",
     ),
     (
-        "a user's entries continue those of the user before",
+        "a user's entries continue those of the previous user",
         "    if debit.user_id is distinct from charged_user then\n",
         "    if charged_user is null then\n",
     ),

@@ -30,7 +30,7 @@ class Mutant:
         text = files[0].read_text() if len(files) == 1 else ""
         if (found := text.count(self.old)) != 1:
             raise DoesNotApply(
-                f'"{self.name}": its text is {found} times in {self.file}, not once. Adapt it to '
+                f'"{self.name}": its text occurs {found} times in {self.file}. Adapt it to '
                 f"the code:\n{self.old}"
             )
         files[0].write_text(text.replace(self.old, self.new))

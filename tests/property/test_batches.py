@@ -34,12 +34,11 @@ IMPLEMENTATIONS = [
     Functions("public.debit_use_batch", "public.debit_use", "public.find_payment"),
 ]
 
-# Whether a row is busy while another transaction holds a lock of this strength.
+# Whether a row is busy while another transaction has locked it with this strength.
 USER_LOCKS = {"update": True, "no key update": True, "share": True, "key share": False}
 ITEM_LOCKS = {"update": True, "no key update": False, "share": False, "key share": False}
 
-# Less than half of the usual frequencies.
-# Far below the usual numbers, because random histories differ.
+# Less than half of the usual frequencies, because random histories differ.
 FREQUENCIES_MIN = {
     "empty batch": 5,
     "batch returns busy": 20,
@@ -71,7 +70,7 @@ FREQUENCIES_MIN = {
 
 
 class Call(NamedTuple):
-    """A call of the database, the rows that are locked meanwhile, and a change after it."""
+    """A call to the database, the rows that are locked during it, and a change after it."""
 
     kind: str
     plans: list[DebitPlan]

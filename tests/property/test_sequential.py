@@ -30,8 +30,7 @@ STATUSES = {
     "price_changed": 409,
     "insufficient_funds": 402,
 }
-# Less than half of the usual frequencies.
-# Far below the usual numbers, because random histories differ.
+# Less than half of the usual frequencies, because random histories differ.
 FREQUENCIES_MIN = {
     "debit returns debited": 25,
     "debit returns user_not_found": 1,
@@ -85,7 +84,7 @@ class Requests(History):
             self.change(change)
 
     def repeat_without_item(self, debit: Debit) -> None:
-        """Repeat a debit while its item is inactive: the response is still the first response."""
+        """Repeat a debit while its item is inactive; it must return the first response."""
         item = self.oracle.items.get(debit.item_id)
         if item and item.is_active:
             self.set_item_active(debit.item_id, is_active=False)

@@ -1,1 +1,1 @@
-"""Attacks on the service with a network connection only, or with a less privileged key."""
+"""Attacks on the service with only a network connection, or with a key of another role."""

@@ -282,18 +282,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make attack ARGS=...", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10, help="at most 60 (%(default)s)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--picture", type=Path, help="write the curve of memory to this file")
+    parser.add_argument("--picture", type=Path, help="write a chart of the memory to this file")
     arguments = parser.parse_args()
     _allow_open_files()
     monitor, faults = attack(min(arguments.minutes, 60), arguments.seed)
     mebibytes = [sample.mebibytes for sample in monitor.samples]
     health = sorted(sample.health_seconds for sample in monitor.samples)
     p99 = health[int(len(health) * 0.99)]
-    print(f"memory: {mebibytes[0]:.0f} MiB at first, {max(mebibytes):.0f} at most, ", end="")
+    print(f"memory: {mebibytes[0]:.0f} MiB at the start, {max(mebibytes):.0f} at most, ", end="")
     print(f"{mebibytes[-1]:.0f} at the end")
     print(f"/health: median {health[len(health) // 2]:.3f} s, ", end="")
     print(f"99 of 100 within {p99:.3f} s, at most {health[-1]:.3f} s")
-    print(f"debits meanwhile, by status: {dict(monitor.debits)}")
+    print(f"debits during the attack, by status: {dict(monitor.debits)}")
     if max(mebibytes) > MEMORY_MEBIBYTES_MAX:
         faults.append(f"memory over {MEMORY_MEBIBYTES_MAX} MiB")
     if missed := [sample for sample in monitor.samples if sample.health != "200"]:

@@ -9,7 +9,7 @@ from issuer import Issuer
 from security.processes import Process, logging_process
 
 REQUESTS = 40
-TIMES_MAX = 4  # the cost of a plain request
+TIMES_MAX = 4  # compared with the cost of a plain request
 
 DEBIT = "/payments/debit"
 OUTCOME = "/payments/outcome"

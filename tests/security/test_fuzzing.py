@@ -57,7 +57,7 @@ def read_responses(received: bytes) -> list[Response]:
         if status < 200:
             continue
         if len(headers) != len(pairs):
-            raise ValueError(f"a header twice: {head[:400]!r}")
+            raise ValueError(f"a header occurs twice: {head[:400]!r}")
         length = int(headers[b"content-length"])
         if received and not received.startswith(
             b"HTTP/1.1 "
@@ -94,7 +94,7 @@ async def watch_health(url: str, seconds: list[float]) -> None:
 
 
 async def fuzz(process: Process, draw: random.Random, connections: int) -> list[float]:
-    """Run the conversations; return the latencies of /health meanwhile."""
+    """Send random requests on many connections; return the latencies of /health during this."""
     limit = asyncio.Semaphore(AT_ONCE)
     seconds: list[float] = []
     responses: Counter[Response] = Counter()

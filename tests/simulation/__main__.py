@@ -38,16 +38,16 @@ def _read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make simulate ARGS=...", description=__doc__)
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--minutes", type=float, default=1.0, help="how long (%(default)s)")
-    length.add_argument("--seeds", type=int, help="how many schedules, instead of minutes")
+    length.add_argument("--seeds", type=int, help="run this number of schedules")
     length.add_argument("--seed", type=int, help="run this schedule and print its trace")
-    parser.add_argument("--first", type=int, help="the first seed (random)")
-    parser.add_argument("--keep-going", action="store_true", help="count violations to the end")
+    parser.add_argument("--first", type=int, help="the first seed (default: random)")
+    parser.add_argument("--keep-going", action="store_true", help="do not stop at a violation")
     parser.add_argument(
         "--checks",
         nargs="+",
         choices=list(CHECKS),
         metavar="CHECK",
-        help=f"only these of {', '.join(CHECKS)}",
+        help=f"run only these checks of {', '.join(CHECKS)}",
     )
     arguments = parser.parse_args()
     if arguments.first is None:

@@ -6,13 +6,13 @@ from app.errors import LedgerUnavailable, OutcomeUnknown
 from simulation.run import CompletedRequest, Lookup, Run
 
 # Limits of the contract (DESIGN, "Performance").
-HELD_ROWS_WAIT_SECONDS_MAX = 0.3  # of users whose own row is free
-HELD_PRODUCTS_WAIT_SECONDS_MAX = 0.5  # of buyers of other products
-LOOKUPS_WAIT_SECONDS_MAX = 0.3  # of debits behind many lookups
+LOCKED_ROWS_WAIT_SECONDS_MAX = 0.3  # for users whose own row is not locked
+LOCKED_PRODUCTS_WAIT_SECONDS_MAX = 0.5  # for debits of other products
+LOOKUPS_WAIT_SECONDS_MAX = 0.3  # for debits during many lookups
 CALM_WAIT_SECONDS_MAX = 0.3
 RELEASED_ROW_WAIT_SECONDS_MAX = 0.5
-CALLS_OF_REQUEST_MAX = 5  # and of all together so many a second, while they wait for others
-CALLS_OF_SECOND_MAX = 400
+CALLS_OF_REQUEST_MAX = 5
+CALLS_OF_SECOND_MAX = 400  # further calls of all requests, per second, because of locked rows
 DEBIT_CALLS_MAX = 10  # a batch of each lane, four that wait for rows, a few of a rejected batch
 LOOKUPS_MAX = 20
 ROW_WAITS_MAX = 4
@@ -38,13 +38,13 @@ def check_end(run: Run) -> Iterator[str]:
 def check_held_row_waits(run: Run) -> Iterator[str]:
     """Yield debits of users with a free row that waited for locked rows (row 1)."""
     if run.schedule.kind == "held rows":
-        yield from _check_waits(run, HELD_ROWS_WAIT_SECONDS_MAX)
+        yield from _check_waits(run, LOCKED_ROWS_WAIT_SECONDS_MAX)
 
 
 def check_held_product_waits(run: Run) -> Iterator[str]:
     """Yield debits of other products that waited for a locked product (row 2)."""
     if run.schedule.kind == "held products":
-        yield from _check_waits(run, HELD_PRODUCTS_WAIT_SECONDS_MAX)
+        yield from _check_waits(run, LOCKED_PRODUCTS_WAIT_SECONDS_MAX)
 
 
 def check_lookup_waits(run: Run) -> Iterator[str]:
@@ -134,7 +134,7 @@ def _check_waits(run: Run, seconds_max: float) -> Iterator[str]:
     for request in _debits(run):
         seconds = request.ended_at - request.started_at
         if seconds > seconds_max and not _is_blocked(request, run):
-            yield f"purchase {request.purchase.number} waited {seconds:.3f} s, with its rows free"
+            yield f"purchase {request.purchase.number} waited {seconds:.3f} s without locked rows"
 
 
 def _debits(run: Run) -> list[CompletedRequest]:
@@ -157,6 +157,6 @@ def _is_blocked(request: CompletedRequest, run: Run) -> bool:
     return any(
         (hold.kind, hold.row) in rows
         and hold.start <= request.ended_at
-        and request.started_at <= hold.end + HELD_ROWS_WAIT_SECONDS_MAX
+        and request.started_at <= hold.end + LOCKED_ROWS_WAIT_SECONDS_MAX
         for hold in run.schedule.holds
     )

@@ -16,7 +16,7 @@ ErrorContext = dict[str, Any]
 
 
 class StuckError(RuntimeError):
-    """The code under test waits for something that never happens, or never waits at all."""
+    """The code under test waits for an event that cannot occur, or it never waits at all."""
 
 
 class VirtualClockLoop(asyncio.BaseEventLoop):
@@ -70,7 +70,7 @@ class VirtualClockLoop(asyncio.BaseEventLoop):
             while timers and timers[0][2].cancelled():
                 heapq.heappop(timers)
             if not timers:
-                raise StuckError("something waits, and there is no timer that could end it")
+                raise StuckError("a task waits, but there is no timer that could end its wait")
             self._now = max(self._now, timers[0][0])
         while timers and timers[0][0] <= self._now:
             self._ready.append(heapq.heappop(timers)[2])

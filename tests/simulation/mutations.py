@@ -27,10 +27,10 @@ class Mutation:
     check: str
 
 
-# Rows 1, 3, 9, 10, 12, 16 and 17 of the table of faults, as version 0.1 had them.
+# Faults of version 0.1: rows 1, 3, 9, 10, 12, 16 and 17 of the table of faults.
 PAST_FAULTS = (
     Mutation(
-        "each user with a held row occupies a connection",
+        "each user with a locked row occupies a connection",
         "ledger/group_commit.py",
         "SINGLE_CALLS_MAX = 4",
         "SINGLE_CALLS_MAX = 1_000",
@@ -94,7 +94,7 @@ OTHER_MISTAKES = (
         "charges",
     ),
     Mutation(
-        "unknown becomes not charged after a call that was not done",
+        "unknown becomes not charged after a call that was not executed",
         "ledger/client.py",
         "                if retries.may_have_committed:\n",
         "                if isinstance(failure, OutcomeUnknown):\n",
@@ -129,7 +129,7 @@ OTHER_MISTAKES = (
         "failed-batch",
     ),
     Mutation(
-        "a single call does not give its permit back",
+        "a single call does not return its permit",
         "ledger/lane.py",
         "            self._permits.give()\n",
         "            pass\n",

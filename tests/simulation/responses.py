@@ -75,7 +75,7 @@ def _check_not_charged(
 
 
 def _check_decline(purchase: Purchase, problem: PaymentError, run: Run) -> Iterator[str]:
-    """Yield declines whose reason does not hold."""
+    """Yield declines whose reason is not true."""
     database = run.database
     code = problem.code
     stored = [

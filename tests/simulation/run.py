@@ -167,7 +167,7 @@ class _Runner:
         try:
             deadline = self._debits.new_deadline()
             result = await self._debits.find_outcome(purchase.user_id, purchase.key, deadline)
-        except Exception as error:  # noqa: BLE001 - as above
+        except Exception as error:  # noqa: BLE001 - the checks distinguish problems from bugs
             result = error
         self._loop.note(f"lookup of purchase {number}: {describe(result)}")
         requests.append(Lookup(purchase, started_at, self._loop.time(), result))

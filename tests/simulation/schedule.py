@@ -19,22 +19,22 @@ class Fault(StrEnum):
     """The fault of a call."""
 
     REFUSED = "the connection is refused"
-    NO_CONNECTION = "no connection in time"
+    NO_CONNECTION = "the connection times out"
     REQUEST_LOST = "the connection breaks before the request arrives"
-    REQUEST_SILENT = "the request is lost without a sign"
+    REQUEST_SILENT = "the request is lost silently"
     REQUEST_LATE = "the request arrives late"
     REQUEST_TWICE = "the request arrives twice"
     RESPONSE_LOST = "the connection breaks after the commit"
-    RESPONSE_SILENT = "the response is lost without a sign"
+    RESPONSE_SILENT = "the response is lost silently"
     RESPONSE_LATE = "the response arrives late"
     SLOW = "the transaction is slow"
-    NOT_BEGUN = "an error code: not begun"
+    NOT_BEGUN = "an error code: not started"
     ROLLED_BACK = "an error code: rolled back"
-    UNKNOWN = "an error code: perhaps done"
-    PROXY_PAGE = "a page of a proxy"
+    UNKNOWN = "an error code: perhaps executed"
+    PROXY_PAGE = "an HTML page of a proxy"
     ASKED_TO_WAIT = "429 with Retry-After"
     REJECTED = "an error code: rejected"
-    INVALID_RESPONSE = "a response that is no outcome"
+    INVALID_RESPONSE = "a response that is not an outcome"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Schedule:
 
 
 def make_schedule(seed: int) -> Schedule:
-    """Draw a schedule; the same seed gives the same schedule."""
+    """Return a random schedule; the same seed gives the same schedule."""
     draw = random.Random(f"schedule {seed}")
     schedule = Schedule(seed)
     schedule.kind = draw.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
@@ -200,7 +200,7 @@ def _many_lookups(schedule: Schedule, draw: random.Random) -> None:
 
 
 def _chaos(schedule: Schedule, draw: random.Random) -> None:
-    """Draw all kinds of faults and changes."""
+    """Add all kinds of faults and changes."""
     _add_users_and_products(schedule, USERS, balance=draw.choice((2, 5, 50)) * PRICE)
     seconds = draw.choice((0.5, 3.0, 6.0))
     _add_purchases(schedule, draw, draw.randint(3, 16), _bursts(draw, seconds))
@@ -249,7 +249,7 @@ def _add_users_and_products(schedule: Schedule, users: "range | list[int]", bala
 
 
 def _bursts(draw: random.Random, seconds: float) -> Callable[[], float]:
-    """Return a source of times that often coincide."""
+    """Return a function that returns random times, many of them equal."""
     moments = [draw.uniform(0, seconds) for _ in range(draw.randint(1, 4))]
     return lambda: draw.choice(moments) + draw.choice((0.0, 0.001, 0.02)) * draw.random()
 

@@ -110,7 +110,7 @@ def test_waiting_without_a_timer_is_an_error() -> None:
 
 
 def test_running_without_a_wait_is_an_error() -> None:
-    async def turn_for_ever() -> None:
+    async def run_forever() -> None:
         loop = asyncio.get_running_loop()
 
         def turn() -> None:
@@ -120,4 +120,4 @@ def test_running_without_a_wait_is_an_error() -> None:
         await loop.create_future()
 
     with pytest.raises(StuckError, match="without a wait"):
-        VirtualClockLoop().run(turn_for_ever())
+        VirtualClockLoop().run(run_forever())

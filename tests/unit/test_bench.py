@@ -34,7 +34,7 @@ def git(repository: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """Make a repository with two commits of one file."""
+    """Create a repository with two commits of one file."""
     git(tmp_path, "init", "--quiet")
     for text in ("first", "second"):
         (tmp_path / "file").write_text(text)

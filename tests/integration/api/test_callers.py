@@ -29,7 +29,7 @@ def test_head_returns_the_headers_of_get_without_a_body(service: httpx.Client, p
     head = service.head(path)
     assert (head.status_code, head.content) == (get.status_code, b"")
     assert head.headers["content-type"] == get.headers["content-type"]
-    if path != "/metrics":  # whose length changes
+    if path != "/metrics":  # its length changes
         assert head.headers["content-length"] == get.headers["content-length"]
     assert service.head("/payments/debit").status_code == 405
 

@@ -186,7 +186,7 @@ def test_a_publication_of_all_tables_needs_a_primary_key(url: str) -> None:
 
 def test_an_unvalidated_not_null_constraint_hides_no_null(url: str) -> None:
     if look_up(url, "select current_setting('server_version_num')::int < 180000") == [(True,)]:
-        pytest.skip("PostgreSQL 18 is the first that has such constraints")
+        pytest.skip("needs PostgreSQL 18, the first version with such constraints")
     execute(
         url,
         'alter table public."Users" alter balance drop not null; '

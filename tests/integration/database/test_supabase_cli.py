@@ -82,7 +82,7 @@ def test_the_advisors_find_nothing(cli: Cli, pushed_url: str) -> None:
 def test_the_advisors_report_only_intended_notes(
     cli: Cli, pushed_url: str, database: Database
 ) -> None:
-    """Row level security without a policy keeps all roles except service_role out."""
+    """Row level security without a policy denies access to all roles except service_role."""
     found = cli(
         "db",
         "advisors",

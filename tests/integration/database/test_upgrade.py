@@ -122,7 +122,7 @@ def test_make_audit_prints_its_findings(old_url: str) -> None:
 
     assert (before.returncode, clean.returncode, wrong.returncode) == (1, 0, 1)
     assert "Traceback" not in before.stderr
-    assert "The ledger adds up" in clean.stdout
+    assert "The ledger has no faults" in clean.stdout
     assert "user 1001: the balance is not that of the last entry" in wrong.stdout
 
 

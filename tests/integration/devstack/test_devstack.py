@@ -86,7 +86,7 @@ def test_a_port_taken_on_the_ipv6_loopback_is_reported(data: Path) -> None:
 def test_an_invalid_port_is_reported(port: str) -> None:
     ended = run([sys.executable, "-m", "devstack", "--port", port])
     assert ended.returncode == 2
-    assert f"{port} is no port" in ended.stderr
+    assert f"{port} is not a port" in ended.stderr
 
 
 def test_a_service_that_fails_to_start_prints_only_the_reason(

@@ -97,7 +97,7 @@ def assert_problem(cluster: Path, reason: str) -> None:
     ended = run(command(cluster.parent, free_stack_ports()))
     assert ended.returncode == 1
     assert reason in ended.stderr
-    assert "away or delete it" in ended.stderr
+    assert "away, or delete it" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert sorted(cluster.iterdir()) == before
 

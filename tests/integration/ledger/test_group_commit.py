@@ -244,7 +244,7 @@ def test_a_debit_that_expires_in_the_queue_is_not_charged(
         # Until both lanes have a batch in flight.
         await_true(lambda: [call[0] for call in gateway.calls].count("debit_use_batch") >= 2)
         queued = groups.submit(post_at_once, service, users[20:], item_id)
-        # Debits of the first group that arrived too late for the two batches were not sent either.
+        # Debits of the first group that arrived too late for the two batches were also not sent.
         assert "outcome_unknown" in {response.json()["code"] for response in sent.result()}
         assert {response.json()["code"] for response in queued.result()} == {"ledger_unavailable"}
     assert [database.debits(user_id) for user_id in users[20:]] == [[]] * 10

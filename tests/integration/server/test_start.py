@@ -137,7 +137,7 @@ def test_the_server_listens_on_ipv4_if_ipv6_is_disabled() -> None:
     disable = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"
     namespace = ["unshare", "-rn", "sh", "-c"]
     if subprocess.run([*namespace, disable], capture_output=True, check=False).returncode:
-        pytest.skip("this user may not disable IPv6, even in a namespace of its own")
+        pytest.skip("this user cannot disable IPv6, not even in a new namespace")
     ended = subprocess.run(
         [*namespace, f'{disable} && exec "{sys.executable}" -c "{script}"'],
         env=SETTINGS,

@@ -1,4 +1,4 @@
-"""The schemas of the API describe what the domain types hold."""
+"""The schemas of the API match the domain types."""
 
 from app.api.schemas import Problem
 from app.errors import PROBLEMS

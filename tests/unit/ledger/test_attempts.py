@@ -1,4 +1,4 @@
-"""Ids of attempts."""
+"""The ids of attempts are UUIDs of version 7."""
 
 from datetime import UTC, datetime, timedelta
 from uuid import RFC_4122, UUID

@@ -143,7 +143,7 @@ def test_a_bug_in_a_batch_blocks_no_debit(
         assert [type(outcome) for outcome in await lane.outcomes()] == [Debited] * 3
 
     asyncio.run(fail())
-    assert "a batch of 2 failed" in caplog.text
+    assert "a batch of 2 debits failed" in caplog.text
 
 
 @pytest.mark.parametrize("key", [None, "till-1", "a\\b" * 80])

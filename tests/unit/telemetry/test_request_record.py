@@ -1,4 +1,4 @@
-"""A request is counted by its outcome, whatever becomes of its response."""
+"""A request is counted by its outcome, even if its response is not delivered."""
 
 import asyncio
 
