@@ -223,6 +223,14 @@ def test_the_runbook_explains_every_alert() -> None:
         assert section.strip().startswith(f"*{rule['labels']['severity']}*")
 
 
+def test_the_panels_in_the_steps_of_the_runbook_exist() -> None:
+    alerts = RUNBOOK.partition("\n## Alerts\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", " ".join(alerts.split())))
+    assert len(named) >= 4
+    for name in named:
+        assert any(panel["title"].startswith(name) for panel in PANELS), name
+
+
 def test_the_runbook_explains_every_problem() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (no|unknown) \|", RUNBOOK, re.MULTILINE)
     assert sorted(rows) == sorted(
