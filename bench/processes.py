@@ -43,6 +43,24 @@ def running_module(
             process.kill()
 
 
+@contextmanager
+def running_program(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program until the block ends.
+
+    Raises:
+        BenchFailed: the program is missing.
+    """
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise BenchFailed(f"{command[0]} is missing; install it") from error
+    with process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
 def run_program(*command: str, **environment: str) -> str:
     """Run a program to its end and return its standard output.
 

@@ -17,6 +17,7 @@ KINDS = {
     "Deployment": ("apps/v1", "deployments"),
     "HorizontalPodAutoscaler": ("autoscaling/v2", "horizontalpodautoscalers"),
     "NetworkPolicy": ("networking.k8s.io/v1", "networkpolicies"),
+    "Ingress": ("networking.k8s.io/v1", "ingresses"),
     "PodDisruptionBudget": ("policy/v1", "poddisruptionbudgets"),
 }
 SERVICE_DEFAULTS = {"type": "ClusterIP", "sessionAffinity": "None", "clusterIP": "10.96.0.7"}

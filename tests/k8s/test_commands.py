@@ -1,4 +1,4 @@
-"""The kubectl commands of README and runbook, run with the real kubectl."""
+"""The kubectl commands of docs/kubernetes.md and the runbook, run with the real kubectl."""
 
 import json
 import os
@@ -14,12 +14,13 @@ from api_server import ApiServer
 from programs import find_program
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "kubernetes.md").read_text()
 RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
 NAMESPACE = "payment-service-dev"
+MARK = "<!-- run by tests/k8s/test_commands.py -->"
 CREATE = "kubectl create secret generic payment-service-secrets "
 
-Run = Callable[[str], subprocess.CompletedProcess[str]]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def commands(document: str) -> list[str]:
@@ -29,7 +30,14 @@ def commands(document: str) -> list[str]:
     return [re.sub(r"\s+# .*", "", line).strip() for line in lines]
 
 
-CREATE_SECRET = next(command for command in commands(README) if command.startswith(CREATE))
+def marked_commands(document: str, section: str) -> list[str]:
+    """Return the commands of a section's code blocks that the document marks as run here."""
+    text = document.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(rf"^ *{MARK}\n *```sh\n.*?^ *```", text, re.DOTALL | re.MULTILINE)
+    return commands("\n".join(blocks))
+
+
+CREATE_SECRET = next(command for command in commands(GUIDE) if command.startswith(CREATE))
 WRITE_SECRET = CREATE_SECRET.partition(" | ")[0]
 
 
@@ -60,10 +68,10 @@ def run(api: ApiServer, tmp_path: Path) -> Run:
         "KUBECACHEDIR": str(tmp_path / "cache"),
     }
 
-    def run(command: str) -> subprocess.CompletedProcess[str]:
+    def run(command: str, folder: str = "k8s") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["bash", "-o", "pipefail", "-c", command],
-            cwd=tmp_path / "k8s",
+            cwd=tmp_path / folder,
             env=environment,
             capture_output=True,
             text=True,
@@ -123,7 +131,7 @@ def test_an_omitted_default_is_detected(run: Run, tmp_path: Path, default: str, 
 
 def test_delete_and_apply_recreate_everything_except_the_secret(api: ApiServer, run: Run) -> None:
     command = "kubectl delete -f deployment.yaml && kubectl apply -f deployment.yaml"
-    assert command in commands(README)
+    assert command in commands(GUIDE)
     succeed(run("kubectl apply -f deployment.yaml"))
     succeed(run(CREATE_SECRET))
     succeed(run(command))
@@ -133,19 +141,57 @@ def test_delete_and_apply_recreate_everything_except_the_secret(api: ApiServer, 
     assert len(api.objects) == 8
 
 
-def test_the_commands_of_the_readme_roll_out_all_pods(api: ApiServer, run: Run) -> None:
-    listed = commands(README)
-    first = listed.index("kubectl apply -f deployment.yaml")
-    after_last = next(n for n, command in enumerate(listed) if "port-forward" in command)
-    for command in listed[first:after_last]:
-        output = succeed(run(command))
+@pytest.mark.parametrize(
+    ("document", "section", "folder", "pods"),
+    [(GUIDE, "Development", "k8s", 2), (GUIDE, "Production", ".", 3)],
+    ids=["development", "production"],
+)
+def test_the_commands_of_the_guide_roll_out_all_pods(
+    api: ApiServer, run: Run, document: str, section: str, folder: str, pods: int
+) -> None:
+    listed = marked_commands(document, section)
+    deploying = [command for command in listed if "delete" not in command]
+    assert len(deploying) == 4
+    for command in deploying:
+        output = succeed(run(command, folder))
     assert "successfully rolled out" in output
     deployment = api.find("Deployment")
     assert deployment is not None
-    assert deployment["spec"]["replicas"] == 2
+    assert deployment["spec"]["replicas"] == pods
+    assert read_secret(api)["SUPABASE_URL"] == "https://abc.supabase.co"
 
 
-@pytest.mark.parametrize("document", [README, RUNBOOK], ids=["README", "runbook"])
+def test_the_runbook_deploys_and_restarts_the_pods(api: ApiServer, run: Run) -> None:
+    listed = marked_commands(RUNBOOK, "Deploying and rolling back")
+    assert len(listed) == 4
+    for command in listed:
+        succeed(run(command, "."))
+    assert restarted(api)
+
+
+def test_the_runbook_replaces_the_secret_and_restarts_the_pods(
+    api: ApiServer, run: Run, tmp_path: Path
+) -> None:
+    succeed(run("kubectl apply -k overlays/production"))
+    succeed(run(CREATE_SECRET.replace(NAMESPACE, "payment-service")))
+    write_env(tmp_path, SUPABASE_KEY="new")
+    listed = marked_commands(RUNBOOK, "Rotating the key")
+    assert len(listed) == 3
+    for command in listed:
+        output = succeed(run(command, "."))
+    assert "successfully rolled out" in output
+    assert read_secret(api) == {"SUPABASE_KEY": "new"}
+    assert restarted(api)
+
+
+def restarted(api: ApiServer) -> bool:
+    deployment = api.find("Deployment")
+    assert deployment is not None
+    annotations = deployment["spec"]["template"]["metadata"].get("annotations", {})
+    return "kubectl.kubernetes.io/restartedAt" in annotations
+
+
+@pytest.mark.parametrize("document", [GUIDE, RUNBOOK], ids=["guide", "runbook"])
 def test_the_commands_wait_for_the_autoscaler_before_the_rollout(document: str) -> None:
     listed = commands(document)
     applied = [n for n, line in enumerate(listed) if re.search("apply -[fk] .*(dep|prod)", line)]
@@ -207,7 +253,7 @@ def test_kubectl_apply_keeps_a_removed_variable(api: ApiServer, run: Run, tmp_pa
 def test_the_secret_is_created_by_the_same_command_everywhere() -> None:
     found = [
         command
-        for document in (README, RUNBOOK)
+        for document in (GUIDE, RUNBOOK)
         for command in commands(document)
         if command.startswith(CREATE)
     ]
@@ -218,11 +264,11 @@ def test_the_secret_is_created_by_the_same_command_everywhere() -> None:
         for command in found
     }
     assert len(in_production) == 1
-    assert "create secret generic" not in README.replace(CREATE, "")
+    assert "create secret generic" not in GUIDE.replace(CREATE, "")
 
 
 def test_the_monitoring_namespace_is_created_before_its_objects() -> None:
-    for text in (README, RUNBOOK):
+    for text in (GUIDE, RUNBOOK):
         listed = commands(text)
         creation = listed.index("kubectl create namespace monitoring")
         assert listed[creation + 1] == "kubectl apply -f k8s/monitoring/"

@@ -97,8 +97,8 @@ def test_the_build_context_contains_only_what_it_needs() -> None:
     assert rules == ["*", "!app", "!requirements.lock", "**/__pycache__"]
 
 
-def test_the_readme_shows_the_published_commands_first() -> None:
-    section = (ROOT / "README.md").read_text().partition("## Docker\n")[2]
+def test_the_guide_shows_the_published_commands_first() -> None:
+    section = (ROOT / "docs" / "kubernetes.md").read_text().partition("## Image\n")[2]
     first_block = section.split("```sh\n")[1].split("```")[0]
     assert first_block.splitlines() == [
         "docker build -t payment_service .",

@@ -91,14 +91,14 @@ def test_the_namespace_is_applied_before_its_objects() -> None:
         assert document["metadata"]["namespace"] == NAMESPACE
 
 
-def test_the_names_match_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_names_match_the_guide() -> None:
+    guide = (ROOT / "docs" / "kubernetes.md").read_text()
     assert OBJECTS["Deployment"]["metadata"]["name"] == "payment-service-dev"
     assert OBJECTS["HorizontalPodAutoscaler"]["metadata"]["name"] == "payment-service-dev-hpa"
     assert CONTAINER["image"] == "justingav/payment-service:latest"
     (secret,) = [source["secretRef"] for source in CONTAINER["envFrom"] if "secretRef" in source]
     for name in ("deployment/payment-service-dev", "payment-service-dev-hpa", secret["name"]):
-        assert name in readme
+        assert name in guide
 
 
 def test_the_autoscaler_targets_the_deployment_and_owns_its_size() -> None:
@@ -138,7 +138,7 @@ def test_the_resources_of_the_pod_match_the_runbook() -> None:
         "limits": {"memory": "256Mi"},
     }
     runbook = " ".join((ROOT / "docs" / "operations.md").read_text().split())
-    assert "requests 250m and 128 MiB, is ended at 256 MiB" in runbook
+    assert "requests 250m of a processor and 128 MiB, is killed above 256 MiB" in runbook
 
 
 def test_the_namespace_enforces_the_restricted_pod_security_standard() -> None:
@@ -283,7 +283,7 @@ def test_only_labelled_namespaces_and_prometheus_reach_the_pods() -> None:
         {"payments-caller": "true"},
         {"kubernetes.io/metadata.name": "monitoring"},
     ]
-    assert "payments-caller=true" in (ROOT / "README.md").read_text()
+    assert "payments-caller=true" in (ROOT / "docs" / "kubernetes.md").read_text()
 
 
 def test_egress_is_limited_to_dns_products_https_and_the_collector() -> None:

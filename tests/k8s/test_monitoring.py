@@ -31,6 +31,7 @@ DEVELOPMENT = {
 }
 RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
 
+DOCUMENTED_QUERIES = re.findall(r"^ *```promql\n(.*?)^ *```", RUNBOOK, re.DOTALL | re.MULTILINE)
 QUERIES = [
     *((name, rule["expr"]) for name, rule in ALERTS.items()),
     *((panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]),
@@ -144,6 +145,34 @@ def test_a_query_uses_only_series_and_labels_of_the_service(
             assert value in known, (label, value)
 
 
+def test_the_queries_of_the_runbook_use_series_of_the_service_and_are_valid(
+    metrics: Metrics, tmp_path: Path
+) -> None:
+    assert len(DOCUMENTED_QUERIES) == RUNBOOK.count("```promql") > 0
+    for query in DOCUMENTED_QUERIES:
+        test_a_query_uses_only_series_and_labels_of_the_service(metrics, "runbook", query.strip())
+    rules = tmp_path / "rules.yaml"
+    recorded = [{"record": "documented", "expr": query} for query in DOCUMENTED_QUERIES]
+    rules.write_text(yaml.safe_dump({"groups": [{"name": "runbook", "rules": recorded}]}))
+    command = [find_program("promtool"), "check", "rules", "--lint=none", str(rules)]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+
+
+def test_the_first_checks_of_the_runbook_show_the_state_of_a_pod(service: httpx.Client) -> None:
+    (block,) = re.findall(r"```sh\n((?: *curl [^`]*))```", RUNBOOK)
+    commands = block.replace("localhost:8002", f"127.0.0.1:{service.base_url.port}")
+    find_program("curl")
+    ended = subprocess.run(
+        ["bash", "-e", "-o", "pipefail", "-c", commands],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert '"status":"ready"' in ended.stdout
+    assert "payment_debits_total{" in ended.stdout
+
+
 def test_the_dependencies_in_queries_exist_in_the_code() -> None:
     code = "".join(path.read_text() for path in (ROOT / "app").rglob("*.py"))
     called = set(re.findall(r'dependency_call\(self\._metrics, "(\w+)"', code))
@@ -192,6 +221,14 @@ def test_the_runbook_explains_every_alert() -> None:
     for name, rule in ALERTS.items():
         section = RUNBOOK.split(f"### {name}\n")[1].split("\n#")[0]
         assert section.strip().startswith(f"*{rule['labels']['severity']}*")
+
+
+def test_the_panels_in_the_steps_of_the_runbook_exist() -> None:
+    alerts = RUNBOOK.partition("\n## Alerts\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", " ".join(alerts.split())))
+    assert len(named) >= 4
+    for name in named:
+        assert any(panel["title"].startswith(name) for panel in PANELS), name
 
 
 def test_the_runbook_explains_every_problem() -> None:

@@ -18,7 +18,7 @@ from app.settings import Settings
 ROOT = Path(__file__).parent.parent.parent
 K8S = ROOT / "k8s"
 OVERLAY = K8S / "overlays" / "production"
-README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "kubernetes.md").read_text()
 DEVELOPMENT = {
     document["kind"]: document
     for document in yaml.safe_load_all((K8S / "deployment.yaml").read_text())
@@ -76,7 +76,7 @@ def test_there_are_more_pods_than_in_development(objects: dict[str, dict[str, An
     base = DEVELOPMENT["HorizontalPodAutoscaler"]["spec"]
     autoscaler = objects["HorizontalPodAutoscaler"]["spec"]
     assert (autoscaler["minReplicas"], autoscaler["maxReplicas"]) == (3, 20)
-    assert "three to twenty pods" in README
+    assert "three to twenty pods" in " ".join(GUIDE.split())
     for bound in ("minReplicas", "maxReplicas"):
         assert autoscaler[bound] > base[bound]
     assert autoscaler["behavior"] == base["behavior"]
@@ -118,7 +118,7 @@ def test_the_products_service_is_found_from_another_namespace(
     assert service == httpx.URL(base).host
     assert kind == "svc"
     assert namespace != objects["ConfigMap"]["metadata"]["namespace"]
-    assert f"products service's namespace (`{namespace}`" in README
+    assert f"products service's namespace (`{namespace}`" in GUIDE
 
 
 def test_the_ingress_terminates_tls_and_routes_to_the_service(
@@ -129,7 +129,7 @@ def test_the_ingress_terminates_tls_and_routes_to_the_service(
     (rule,) = ingress["rules"]
     (tls,) = ingress["tls"]
     assert tls["hosts"] == [rule["host"]]
-    assert f"secret tls {tls['secretName']} --cert" in README
+    assert f"secret tls {tls['secretName']} --cert" in GUIDE
     (port,) = service["spec"]["ports"]
     backend = {"name": service["metadata"]["name"], "port": {"name": port["name"]}}
     assert all(path["backend"] == {"service": backend} for path in rule["http"]["paths"])

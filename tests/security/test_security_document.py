@@ -1,10 +1,14 @@
 """docs/security.md: its SQL and commands work, and its limits match the code."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
-from database import Database
+from database import Database, create_database
 
 from app.api import middleware, requests
 from app.auth.issuer_keys import KEYS_BYTES_MAX
@@ -13,6 +17,7 @@ from app.ledger.client import RESPONSE_BYTES_MAX as LEDGER_RESPONSE_BYTES_MAX
 from app.products.client import ITEM_BYTES_MAX
 from app.server import protocol
 from app.telemetry import tracing
+from devstack.postgres import apply_migrations
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "security.md").read_text()
@@ -41,7 +46,7 @@ LIMITS = {
 
 
 def test_the_documented_limits_match_the_code() -> None:
-    section = TEXT.partition("\n## Limits\n")[2].partition("\nMeasured")[0]
+    section = TEXT.partition("\n## Limits\n")[2].partition("\nProcessor time")[0]
     rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]*\|$", section, re.MULTILINE)
     assert dict(rows[2:]) == LIMITS
 
@@ -51,6 +56,31 @@ def test_the_documented_sql_runs(database: Database) -> None:
     assert statements
     for statement in statements:
         database.connection.execute(statement)
+
+
+def test_the_documented_command_audits_the_database_at_the_address_that_it_reads(
+    postgres_port: int, tmp_path: Path
+) -> None:
+    (command,) = re.findall(r"```sh\n( *read .*?)```", TEXT, re.DOTALL)
+    url = create_database(postgres_port, f"audited_{uuid4().hex}")
+    apply_migrations(url)
+    make = tmp_path / "make"  # without the installation that the real one may begin with
+    make.write_text(f'#!/bin/sh\n[ "$*" = audit ] && exec {sys.executable} -m devstack.audit\n')
+    make.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for address, status in ((url, 0), ("postgresql://127.0.0.1:1/postgres", 1)):
+        ended = subprocess.run(
+            ["bash", "-c", command],
+            cwd=ROOT,
+            env=os.environ | {"PATH": path},
+            input=f"{address}\n",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert ended.returncode == status, ended.stderr
+        assert address not in ended.stdout
 
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z-]+)", TEXT))))

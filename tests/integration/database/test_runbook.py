@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import dedent
 from uuid import UUID, uuid4
 
 import psycopg
@@ -15,9 +16,8 @@ USER = 710_001
 NEW_CARD = 710_002
 KEY = "the-key"
 STATEMENTS = [
-    statement.replace("1001", str(USER)).replace(
-        "2002", str(NEW_CARD)
-    )  # the runbook's user may already exist with entries
+    # The runbook's user may already exist with entries.
+    dedent(statement).replace("1001", str(USER)).replace("2002", str(NEW_CARD))
     for statement in re.findall(r"^ *```sql\n(.*?)^ *```", RUNBOOK, re.DOTALL | re.MULTILINE)
 ]
 LAST_ENTRIES = "kind, amount_delta, balance_after, item"
@@ -122,7 +122,7 @@ def test_a_wrong_balance_is_not_overwritten_and_is_reset_from_the_entries(
     assert run(ledger, "balance_of_entries") == [{"balance": 790, "balance_of_entries": 300}]
     assert faults(ledger) == ["the balance is not that of the last entry"]
 
-    run(ledger, 'update public."Users"\n  set balance = coalesce(\n    (')
+    run(ledger, 'update public."Users"\nset balance = coalesce(\n  (')
     assert ledger.balance(USER) == 300
     assert [entry["kind"] for entry in run(ledger, LAST_ENTRIES)] == ["debit", "debit", "opening"]
     assert debit(ledger, USER, ledger.add_item(50), "next") == "debited"

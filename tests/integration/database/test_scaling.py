@@ -1,4 +1,4 @@
-"""The statements of docs/scaling.md work, and several services can use one ledger."""
+"""The statements of docs/scaling.md and docs/sql work, and several services can use one ledger."""
 
 import os
 import re
@@ -25,11 +25,11 @@ from devstack.postgres import apply_migrations, database_url, running_postgres
 from devstack.programs import POSTGRES_BIN_PATH
 from devstack.server_account import server_account
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "scaling.md"
+DOCS = Path(__file__).parents[3] / "docs"
 USER = 1
 OTHER_USER = 2
 POOR_USER = 3
-# Each constant identifies a piece of SQL in the document.
+# Each constant identifies a piece of SQL in the document, or a file of docs/sql.
 BY_USER = "partition by hash (user_id)"
 BY_TIME = "partition by range (created_at)"
 NEXT_YEAR = "create table ledger.history_2029 ("
@@ -49,8 +49,9 @@ where exists (select from public."Transaction_History" where user_id = card_id)
 
 
 def statements(part: str) -> str:
-    """Return the document's piece of SQL that contains a part."""
-    pieces = re.findall(r"```sql\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    """Return the piece of SQL in the documents that contains a part."""
+    pieces = re.findall(r"```sql\n(.*?)```", (DOCS / "scaling.md").read_text(), re.DOTALL)
+    pieces += [file.read_text() for file in (DOCS / "sql").glob("*.sql")]
     (found,) = [piece for piece in pieces if part in piece]
     later = datetime.now(UTC).year - 2026  # shift the document's years into the future
     return re.sub(r"20(?:28|29|30)", lambda year: str(int(year[0]) + later), found)
