@@ -1,4 +1,4 @@
-"""Every way in which a request can be refused or fail; each class holds its HTTP response."""
+"""Problems: the ways in which a request can fail. Each class defines its HTTP response."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -14,10 +14,10 @@ EXAMPLE_KEY = "5a1bd1d2-6c53-4c0a-9c07-0c5d1c1a7f11"
 
 
 class PaymentError(Exception):
-    """A refusal or failure as the caller sees it (RFC 9457).
+    """A problem that the caller receives (RFC 9457).
 
-    `detail` replaces the title as the sentence for this occurrence. `members` are the values of
-    the class's `extension`, which declares what the code adds to a problem's body.
+    `detail` describes this occurrence; without it, the title is used. `members` are the values of
+    the fields that `extension` declares: the members that a code adds to the body of a problem.
     """
 
     status: ClassVar[int]
@@ -27,7 +27,7 @@ class PaymentError(Exception):
     advice: ClassVar[str]
     money_moved: ClassVar[Literal["no", "unknown"]] = "no"
     extension: ClassVar[type[BaseModel] | None] = None
-    example_detail: ClassVar[str | None] = None
+    example_detail: ClassVar[str | None] = None  # of the examples in the OpenAPI document
     headers: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, detail: str | None = None, **members: object) -> None:
@@ -37,33 +37,35 @@ class PaymentError(Exception):
 
 
 class FieldFault(BaseModel):
-    """One fault in a request: where it is, and what is wrong there."""
+    """A fault in a request: its place and its description."""
 
     detail: str
-    pointer: str | None = Field(None, description="The body's field, as a JSON Pointer fragment.")
-    parameter: str | None = Field(None, description="The path or query parameter.")
-    header: str | None = Field(None, description="The header.")
+    pointer: str | None = Field(None, description="The field of the body, as a JSON Pointer.")
+    parameter: str | None = Field(None, description="The name of the path or query parameter.")
+    header: str | None = Field(None, description="The name of the header.")
 
 
 class Faults(BaseModel):
-    """What `invalid_request` adds to a problem."""
+    """The members that `invalid_request` adds to a problem."""
 
     errors: list[FieldFault] = Field(
-        description="the faults.",
+        description="the faults of the request, at most 20.",
         examples=[[{"pointer": "#/user_id", "detail": "Field required"}]],
     )
 
 
 class CurrentPrice(BaseModel):
-    """What `price_changed` adds to a problem."""
+    """The members that `price_changed` adds to a problem."""
 
-    price: int = Field(description="the price now.", examples=[400])
+    price: int = Field(description="the current price.", examples=[350])
 
 
-class KeyToAskWith(BaseModel):
-    """What `outcome_unknown` adds to a problem."""
+class KeyOfDebit(BaseModel):
+    """The members that `outcome_unknown` adds to a problem."""
 
-    idempotency_key: str = Field(description="the key to ask again with.", examples=[EXAMPLE_KEY])
+    idempotency_key: str = Field(
+        description="the key for the lookup or the retry.", examples=[EXAMPLE_KEY]
+    )
 
 
 class InvalidRequest(PaymentError):
@@ -72,15 +74,18 @@ class InvalidRequest(PaymentError):
     extension = Faults
     example_detail = "The body is not as documented"
     title = "Invalid request"
-    meaning = "The body, path, query or a header is not as documented; errors names each fault."
-    advice = "Correct the request; the same request gets the same response."
+    meaning = (
+        "The body, the path, the query or a header does not match the documentation; errors "
+        "lists each fault."
+    )
+    advice = "Correct the request. The same request gets the same problem again."
 
 
 class RequestTooLarge(PaymentError):
     status = 413
     code = "request_too_large"
     title = "Request too large"
-    meaning = "The body is over 16 KiB."
+    meaning = "The body is larger than 16 KiB."
     advice = "Send only the documented fields."
 
 
@@ -89,18 +94,17 @@ class RequestTimeout(PaymentError):
     code = "request_timeout"
     headers = CLOSE
     title = "The request did not arrive in time"
-    meaning = "The headers or the body were not complete within 10 seconds."
-    advice = "Send the request again, in one go."
+    meaning = "The service did not receive the complete headers or body within 10 seconds."
+    advice = "Send the request again, headers and body without a pause."
 
 
 class UnsupportedEncoding(PaymentError):
     status = 415
     code = "unsupported_encoding"
     headers = IDENTITY
+    example_detail = "The body is compressed (gzip); send it in UTF-8, without Content-Encoding"
     title = "The encoding of the body is not supported"
-    meaning = (
-        "The body is compressed, or its characters are not in UTF-8; detail names the encoding."
-    )
+    meaning = "The body is compressed or is not in UTF-8; detail names the encoding."
     advice = "Send JSON in UTF-8, without Content-Encoding."
 
 
@@ -109,8 +113,8 @@ class HeadersTooLarge(PaymentError):
     code = "headers_too_large"
     title = "Headers too large"
     meaning = (
-        "The request line and the headers are over 64 KiB, or there are more than 100 headers or "
-        "more than 1,000 percent-encoded characters in the address."
+        "The request line and the headers are larger than 64 KiB, or there are more than 100 "
+        "headers, or the address has more than 1,000 percent-encoded characters."
     )
     advice = "Send fewer and shorter headers."
 
@@ -119,25 +123,33 @@ class MalformedRequest(PaymentError):
     status = 400
     code = "malformed_request"
     title = "This is not a valid HTTP/1.1 request"
-    meaning = "The request line, a header or the framing of the body breaks the rules of HTTP/1.1."
-    advice = "Use an HTTP client library, with http:// and not https:// if no proxy is in between."
+    meaning = "The request line, a header or the length of the body breaks the rules of HTTP/1.1."
+    advice = (
+        "Use an HTTP client library. Use https:// only if a proxy in front of the service "
+        "speaks TLS."
+    )
 
 
 class Unauthenticated(PaymentError):
     status = 401
     code = "unauthenticated"
     headers = BEARER
+    example_detail = "The token is missing: send it as Authorization: Bearer <token>"
     title = "A valid token is needed"
-    meaning = "There is no bearer token, or it is not valid: detail says why."
-    advice = "Get a token from the issuer and send it as Authorization: Bearer."
+    meaning = "The bearer token is missing or invalid; detail says why."
+    advice = "Get a token from the issuer and send it in the header Authorization: Bearer."
 
 
 class Forbidden(PaymentError):
     status = 403
     code = "forbidden"
+    example_detail = "The token lacks the role that payments need"
     title = "The token does not allow this"
-    meaning = "The token is valid, but lacks the role, or the products service refuses it."
-    advice = "Ask the administrator of the issuer for the role that payments need."
+    meaning = (
+        "The token is valid, but it does not have the required role, or the products service "
+        "rejected it."
+    )
+    advice = "Ask the administrator of the issuer for the role that payments require."
 
 
 class AuthenticationUnavailable(PaymentError):
@@ -145,24 +157,30 @@ class AuthenticationUnavailable(PaymentError):
     code = "authentication_unavailable"
     headers = RETRY_AFTER
     title = "The token cannot be checked now"
-    meaning = "The token names a key not seen before, and the issuer's keys cannot be fetched."
-    advice = "Try again after the time in Retry-After."
+    meaning = (
+        "The token is signed with a key that the service does not know yet, and the service "
+        "cannot fetch the issuer's keys."
+    )
+    advice = "Send the request again after the time in Retry-After."
 
 
 class UserNotFound(PaymentError):
     status = 404
     code = "user_not_found"
     title = "User not found"
-    meaning = "No user has this id."
-    advice = "Check the card's number."
+    meaning = "No user has this user_id."
+    advice = "Check the number of the card."
 
 
 class IdempotencyKeyReused(PaymentError):
     status = 422
     code = "idempotency_key_reused"
     title = "The idempotency key was used for another debit"
-    meaning = "The key was used for this user, with another item or price, or by another client."
-    advice = "Make a new key for each new debit; keep it only to ask for the same one again."
+    meaning = (
+        "The key was used before for this user, with another item or another expected price, "
+        "or by another client."
+    )
+    advice = "Create a new key for each new purchase. Use a key again only to retry the same debit."
 
 
 class UserInactive(PaymentError):
@@ -170,23 +188,23 @@ class UserInactive(PaymentError):
     code = "user_inactive"
     title = "User is not active"
     meaning = "The user is deactivated and cannot pay."
-    advice = "Send the user to the administrator of the cards."
+    advice = "Send the customer to the administrator of the cards."
 
 
 class ItemNotFound(PaymentError):
     status = 404
     code = "item_not_found"
     title = "Item not found"
-    meaning = "The products service or the ledger does not know this item."
-    advice = "Check the item's id; a new item may not have reached the ledger yet."
+    meaning = "The products service or the ledger does not have this item."
+    advice = "Check item_id. The ledger may not have a new item yet."
 
 
 class ItemInactive(PaymentError):
     status = 409
     code = "item_inactive"
     title = "Item is not for sale"
-    meaning = "The products service or the ledger says that the item is not for sale."
-    advice = "Take the item out of the selection."
+    meaning = "The item is not for sale, according to the products service or the ledger."
+    advice = "Remove the item from the selection."
 
 
 class PriceChanged(PaymentError):
@@ -194,16 +212,21 @@ class PriceChanged(PaymentError):
     code = "price_changed"
     extension = CurrentPrice
     title = "The price has changed"
-    meaning = "expected_price differs from the current price, which is in price."
-    advice = "Show the customer the new price and ask again."
+    meaning = "The current price differs from expected_price; price is the current price."
+    advice = (
+        "Show the customer the new price. If the customer agrees, send a new debit with a new key."
+    )
 
 
 class InsufficientFunds(PaymentError):
     status = 402
     code = "insufficient_funds"
     title = "Insufficient funds"
-    meaning = "The balance is below the price."
-    advice = "Ask the customer to top up or to choose something cheaper."
+    meaning = "The balance is lower than the price."
+    advice = (
+        "Ask the customer to top up or to choose a cheaper item. Then send a new debit with a "
+        "new key."
+    )
 
 
 class ProductsUnavailable(PaymentError):
@@ -211,8 +234,11 @@ class ProductsUnavailable(PaymentError):
     code = "products_unavailable"
     headers = RETRY_AFTER
     title = "The products service is not available"
-    meaning = "The products service is down, too slow or returned an invalid response."
-    advice = "Try again after the time in Retry-After."
+    meaning = (
+        "The products service is down, too slow or returned an invalid response, and no "
+        "response from the last minute is cached."
+    )
+    advice = "Send the same debit again with the same key, after the time in Retry-After."
 
 
 class LedgerUnavailable(PaymentError):
@@ -220,8 +246,8 @@ class LedgerUnavailable(PaymentError):
     code = "ledger_unavailable"
     headers = RETRY_AFTER
     title = "The ledger is not available"
-    meaning = "The database did not take the debit, or rolled it back, and may take it later."
-    advice = "Try again after the time in Retry-After."
+    meaning = "The database did not accept the call or rolled it back; a retry may succeed."
+    advice = "Send the same request again with the same key, after the time in Retry-After."
 
 
 class Overloaded(PaymentError):
@@ -230,33 +256,38 @@ class Overloaded(PaymentError):
     headers = RETRY_AFTER
     title = "Too many debits are waiting"
     meaning = (
-        "More debits, or more of this user, are waiting or more connections are open than the "
-        "service allows."
+        "Too many debits are waiting, in total or for this user, or too many connections are open."
     )
-    advice = "Try again after the time in Retry-After."
+    advice = "Send the same debit again with the same key, after the time in Retry-After."
 
 
 class OutcomeUnknown(PaymentError):
     status = 504
     code = "outcome_unknown"
-    extension = KeyToAskWith
+    extension = KeyOfDebit
     money_moved = "unknown"
-    title = "Whether the user was charged is not known"
+    title = "It is not known whether the user was charged"
     meaning = (
-        "The debit was sent to the database, no response arrived, and retries did not settle it."
+        "The service sent the debit to the database, got no response, and its retries failed too."
     )
     advice = (
-        "Ask GET /payments/outcome, or send the same debit again, with the idempotency_key of this "
-        "problem; a debit under another key could charge a second time."
+        "Look up the outcome with GET /payments/outcome, or send the same debit again, with "
+        "the idempotency_key of this problem. A debit with another key could charge the user a "
+        "second time."
     )
 
 
 class LedgerRejected(PaymentError):
     status = 500
     code = "ledger_rejected"
-    title = "The ledger refused the call"
-    meaning = "The database rejects the call for a reason that a retry cannot fix."
-    advice = "Tell the operator: a migration is missing or the key is wrong."
+    title = "The ledger rejected the call"
+    meaning = (
+        "The database rejects the call for a reason that a retry cannot fix, such as a missing "
+        "migration or a wrong key."
+    )
+    advice = (
+        "Report the problem to the operator, with the request_id. Do not retry until it is fixed."
+    )
 
 
 class InternalError(PaymentError):
@@ -264,32 +295,37 @@ class InternalError(PaymentError):
     code = "internal_error"
     money_moved = "unknown"
     title = "Internal error"
-    meaning = "A fault in this service."
-    advice = "Tell the operator, with the request_id."
+    meaning = "The service has a bug, or it was stopped before the request was finished."
+    advice = (
+        "Report the problem to the operator, with the request_id. After a debit, look up the "
+        "outcome with GET /payments/outcome."
+    )
 
 
 class PaymentNotFound(PaymentError):
     status = 404
     code = "payment_not_found"
-    title = "No outcome is recorded under this key"
-    meaning = "The user has neither been charged nor declined under this key."
-    advice = "If a debit under this key may still be on its way, send it again with the same key."
+    title = "No outcome is stored for this key"
+    meaning = "The ledger has neither a payment nor a decline for this user and this key."
+    advice = (
+        "If a debit with this key may still be in progress, send the debit again with the same key."
+    )
 
 
 class NotFound(PaymentError):
     status = 404
     code = "not_found"
     title = "Not found"
-    meaning = "Nothing is served at this path."
-    advice = "See /docs for what there is."
+    meaning = "The service has nothing at this path."
+    advice = "See /docs for the operations of the service."
 
 
 class MethodNotAllowed(PaymentError):
     status = 405
     code = "method_not_allowed"
     title = "Method not allowed"
-    meaning = "This path is served for other methods; Allow names them."
-    advice = "See /docs for what there is."
+    meaning = "This path does not support the method; the header Allow lists the methods."
+    advice = "See /docs for the operations of the service."
 
 
 # The catalogue, in the order of /problems.

@@ -31,7 +31,7 @@ from app.environment.variables import (
 )
 
 ALIASES = {"SUPABASE_SERVICE_ROLE_KEY": "SUPABASE_KEY"}
-# What pydantic says of these leaves open what to write.
+# Messages that say what to write; those of pydantic do not.
 MESSAGES = {
     "float_parsing": "should be a number without a unit, such as 5",
     "finite_number": "should be a finite number, such as 5",
@@ -49,43 +49,46 @@ class Settings(BaseSettings):
 
     supabase_url: ProjectAddress = Field(description="Address of the Supabase project.")
     supabase_key: SupabaseKey = Field(
-        description="Its key for the role service_role; keep it secret."
+        description="Secret key of the project, or its service_role key. Keep it secret."
     )
     products_service_url: ProductsAddress = Field(description="Address of the products service.")
     products_service_token: ServiceToken | None = Field(
-        None, description="Token for the products service, which else gets the caller's token."
+        None, description="Token for the products service. Without it, the caller's token is sent."
     )
     products_cache_seconds: Seconds = Field(
-        5.0, ge=0, le=60, description="How long an answer about an item is used again."
+        5.0, ge=0, le=60, description="How long a response about an item is used again."
     )
     debit_batch_size_max: int = Field(
-        64, ge=1, le=64, description="Most debits in one call to the ledger; 1 sends each alone."
+        64,
+        ge=1,
+        le=64,
+        description="Maximum of debits in one call to the ledger; 1 sends each alone.",
     )
     debits_waiting_max: int = Field(
-        1000, ge=1, le=100_000, description="More debits than this at a time are refused."
+        1000, ge=1, le=100_000, description="Maximum of debits at a time. More get overloaded."
     )
     request_timeout_seconds: Seconds = Field(
-        8.0, ge=1, le=15, description="After this long a debit is answered, settled or not."
+        8.0, ge=1, le=15, description="Time within which a request gets its response."
     )
     auth_jwks_url: KeysAddress | None = Field(
-        None, description="Where the issuer of tokens publishes its keys; turns authentication on."
+        None, description="Address of the keys of the token issuer. Turns authentication on."
     )
-    auth_issuer: Name | None = Field(None, description="What a token's iss has to be.")
-    auth_audience: Name | None = Field(None, description="What a token's aud has to name.")
+    auth_issuer: Name | None = Field(None, description="The required iss of a token.")
+    auth_audience: Name | None = Field(None, description="The required aud of a token.")
     auth_required_role: Name | None = Field(
-        None, description="The role or scope that a token has to carry."
+        None, description="The role or scope that a token must have."
     )
     auth_plain_http_allowed: bool = Field(
-        False, description="Whether AUTH_JWKS_URL may be http:// on another machine."
+        False, description="Allows http:// in AUTH_JWKS_URL for another machine."
     )
     cors_allowed_origins: Origins = Field(
         (), description="Origins of web pages whose scripts may call the service."
     )
     otel_exporter_otlp_endpoint: CollectorAddress | None = Field(
-        None, description="A collector of traces that speaks OTLP over HTTP; turns traces on."
+        None, description="Address of a collector of traces (OTLP over HTTP). Turns traces on."
     )
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], InCapitals] = Field(
-        "INFO", description="How much is logged."
+        "INFO", description="The lowest level of log events."
     )
 
     @classmethod
@@ -97,26 +100,26 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Take what read_environment found: the library's own sources keep quotes around values."""
+        """Use read_environment only: the sources of pydantic keep quotes around values."""
         return (init_settings,)
 
     @model_validator(mode="after")
     def _no_rules_without_keys(self) -> Self:
         rules = (self.auth_issuer, self.auth_audience, self.auth_required_role)
         if self.auth_jwks_url is None and (any(rules) or self.auth_plain_http_allowed):
-            raise ValueError("AUTH_JWKS_URL is missing: without it no other AUTH_ setting applies")
+            raise ValueError("AUTH_JWKS_URL is missing: the other AUTH_ settings need it")
         return self
 
     @model_validator(mode="after")
     def _keys_come_encrypted(self) -> Self:
-        # Whoever changes the keys on their way can sign tokens that are accepted here.
+        # An attacker who can change the keys in transit can sign tokens that the service accepts.
         if (
             self.auth_jwks_url
             and not self.auth_plain_http_allowed
             and _is_unencrypted(self.auth_jwks_url)
         ):
             raise ValueError(
-                "AUTH_JWKS_URL should begin with https://; AUTH_PLAIN_HTTP_ALLOWED=true allows "
+                "AUTH_JWKS_URL should begin with https://. AUTH_PLAIN_HTTP_ALLOWED=true allows "
                 "http:// in a network that you trust"
             )
         return self
@@ -126,7 +129,9 @@ class Settings(BaseSettings):
         host = urlsplit(self.supabase_url).hostname or ""
         project = key_claims(self.supabase_key.get_secret_value()).get("ref")
         if project and host.endswith(".supabase.co") and host != f"{project}.supabase.co":
-            raise ValueError("SUPABASE_KEY is the key of another project than SUPABASE_URL")
+            raise ValueError(
+                "SUPABASE_KEY is the key of another project, not of the project at SUPABASE_URL"
+            )
         return self
 
 
@@ -134,10 +139,10 @@ KNOWN_NAMES = frozenset({*ALIASES, *(name.upper() for name in Settings.model_fie
 
 
 def load_settings() -> Settings:
-    """Read the environment.
+    """Return the settings from the environment and from `.env`.
 
     Raises:
-        SettingsError: something is missing or wrong.
+        SettingsError: settings are missing or invalid; the message names each.
     """
     environment = read_environment(KNOWN_NAMES)
     values, problems = _resolve_aliases(environment.values)
@@ -148,14 +153,14 @@ def load_settings() -> Settings:
         problems += _messages(error, values)
     if problems:
         raise SettingsError(
-            f"{CANNOT_START}. In its environment or in .env these are missing or wrong "
-            "(.env.example explains each):\n" + "\n".join(f"  {problem}" for problem in problems)
+            f"{CANNOT_START}. These settings are missing or invalid, in the environment or in .env "
+            "(.env.example explains them):\n" + "\n".join(f"  {problem}" for problem in problems)
         )
     return settings
 
 
 def warn_of_unknown_names() -> None:
-    """Log names in the environment that look like misspelled settings."""
+    """Log a warning for each name in the environment that looks like a misspelled setting."""
     for name, place in read_environment(KNOWN_NAMES).unknown.items():
         if meant := find_meant(name, KNOWN_NAMES):
             logger.warning(
@@ -167,27 +172,31 @@ def warn_of_unknown_names() -> None:
 
 
 def warn_of_risks(settings: Settings) -> None:
-    """Log which settings let others charge users, or read the key on its way."""
+    """Log a warning for each setting that is a risk to balances or to the key."""
     if _is_unencrypted(settings.supabase_url):
-        logger.warning("SUPABASE_URL begins with http://: the key is sent without encryption")
+        logger.warning(
+            "SUPABASE_URL begins with http://: the key is sent without encryption. Use https://"
+        )
     if settings.auth_jwks_url is None:
         logger.warning(
-            "authentication is off: every caller can charge every user; AUTH_JWKS_URL turns it on"
+            "authentication is off: every caller can charge every user. Set AUTH_JWKS_URL to turn "
+            "it on"
         )
         return
     if settings.auth_required_role is None:
         logger.warning(
-            "AUTH_REQUIRED_ROLE is not set: every token of the issuer can charge every user"
+            "AUTH_REQUIRED_ROLE is not set: every token of the issuer allows its owner to charge "
+            "every user"
         )
     if settings.auth_audience is None:
         logger.warning(
-            "AUTH_AUDIENCE is not set: a token that was issued for another service can charge "
-            "every user"
+            "AUTH_AUDIENCE is not set: a token that was issued for another service allows its "
+            "owner to charge every user"
         )
     if settings.products_service_token is None:
         logger.warning(
-            "callers' tokens are passed on to the products service, which can charge every user "
-            "with them; PRODUCTS_SERVICE_TOKEN keeps them here"
+            "the products service gets the callers' tokens and can charge every user with them. "
+            "Set PRODUCTS_SERVICE_TOKEN to send its own token instead"
         )
 
 
@@ -195,18 +204,18 @@ def _resolve_aliases(given: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     values, problems = dict(given), []
     for alias, name in ALIASES.items():
         if alias in values and values.setdefault(name, values[alias]) != values.pop(alias):
-            problems.append(f"{name}: differs from {alias}, which is the same setting; remove one")
+            problems.append(f"{name}: differs from {alias}, which is the same setting. Remove one")
     return values, problems
 
 
 def _auth_problems(environment: Environment) -> list[str]:
-    """Return the problems of settings about tokens.
+    """Return the problems of empty and unknown settings about tokens.
 
-    A rule whose name or value was lost would let callers in. Without PRODUCTS_SERVICE_TOKEN their
-    tokens leave this service.
+    An AUTH_ rule that is empty or misspelled would admit callers without the rule. Without
+    PRODUCTS_SERVICE_TOKEN, the callers' tokens leave this service.
     """
     empty = [
-        f"{name}: is empty; give it a value or remove it"
+        f"{name}: is empty. Give it a value or remove it"
         for name in sorted(environment.empty)
         if _is_about_tokens(name)
     ]
@@ -217,9 +226,7 @@ def _auth_problems(environment: Environment) -> list[str]:
         is_ours = name.startswith("AUTH_") or ("TOK" in name and meant == "PRODUCTS_SERVICE_TOKEN")
         if is_ours and not SERVICE_LINK.fullmatch(name):
             advice = f"is {meant} meant?" if meant else "correct its name or remove it"
-            unknown.append(
-                f"{name}: is not a setting of this service, but stands in {place}; {advice}"
-            )
+            unknown.append(f"{name}: is in {place}, but is not a setting of this service; {advice}")
     return [*empty, *unknown]
 
 
@@ -239,6 +246,6 @@ def _messages(error: ValidationError, values: dict[str, str]) -> list[str]:
 
 
 def _is_unencrypted(address: str) -> bool:
-    """Tell whether what is sent to an address can be read on its way."""
+    """Return whether requests to an address leave this machine without encryption."""
     parts = urlsplit(address)
     return parts.scheme == "http" and not is_loopback(parts.hostname or "")

@@ -1,4 +1,4 @@
-"""Start here: each code of README's error table once, from the real service over HTTP.
+"""Start here: each problem of docs/api.md once, from the real service over HTTP.
 
 Postgres, the gateway, the products service and the payment service are real (tests/conftest.py).
 A broken dependency is a real server that responds wrongly, or an address where nothing listens.
@@ -24,8 +24,8 @@ from servers import RawServer, await_true, http_response, make_settings, served
 from app.main import create_app
 from devstack.keys import JWT_SECRET
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-TABLE = {code: int(status) for code, status in re.findall(r"(?m)^\| `(\w+)` \| (\d{3}) \|", README)}
+API = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+TABLE = {code: int(status) for code, status in re.findall(r"(?m)^\| `(\w+)` \| (\d{3}) \|", API)}
 KEY_OF_ANOTHER_ROLE = jwt.encode({"role": "kiosk"}, JWT_SECRET, "HS256")
 UNKNOWN_ITEM = "00000000-0000-4000-8000-000000000000"
 
@@ -149,7 +149,7 @@ def test_a_debit_takes_the_price_from_the_balance(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize(("code", "cause"), CASES.items(), ids=CASES)
-def test_a_problem_has_the_code_and_status_of_the_readme(
+def test_a_problem_has_the_documented_code_and_status(
     parts: Parts, code: str, cause: Callable[[Parts], Response]
 ) -> None:
     response = cause(parts)
@@ -158,8 +158,8 @@ def test_a_problem_has_the_code_and_status_of_the_readme(
     assert ("retry-after" in response.headers) == (response.status_code == 503)
 
 
-def test_every_code_of_the_readme_has_a_case() -> None:
+def test_every_documented_code_has_a_case() -> None:
     missing = TABLE.keys() - CASES.keys()
     unknown = CASES.keys() - TABLE.keys()
-    assert not missing, f"Add a case to CASES for these codes of README's table: {missing}"
-    assert not unknown, f"README's table has no row for these codes: {unknown}"
+    assert not missing, f"Add a case to CASES for these codes of docs/api.md: {missing}"
+    assert not unknown, f"docs/api.md has no row for these codes: {unknown}"

@@ -1,1 +1,1 @@
-"""HTTP: routes, what is read from requests, schemas, problems and the documentation pages."""
+"""HTTP: routes, request parsing, schemas, problems, middleware and documentation pages."""

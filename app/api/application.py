@@ -1,4 +1,4 @@
-"""The HTTP application: middleware, handlers of errors, routes and documentation."""
+"""The HTTP application: middleware, exception handlers, routes and documentation pages."""
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
@@ -8,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from app import __version__
+from app.api import descriptions
 from app.api.documentation import add_documentation
 from app.api.middleware import RequestMiddleware
 from app.api.openapi import add_schemas
@@ -23,31 +24,26 @@ from app.errors import PaymentError
 from app.server.startup import StartupMessage
 from app.telemetry.tracing import RequestSpans
 
-DESCRIPTION = """
-Charges a student's prepaid balance for an item. All money is integers in minor units (öre).
-Refusals and failures are problems (RFC 9457): decide on `code`, which `/problems` explains.
-"""
-
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[LifespanState]]
 
 
 def create_api(lifespan: Lifespan) -> FastAPI:
-    """Return the application; `lifespan` opens what its routes work with."""
+    """Return the application. `lifespan` opens the services that its routes use."""
     app = FastAPI(
         title="Payment service",
         version=__version__,
-        description=DESCRIPTION,
+        description=descriptions.SERVICE,
         lifespan=lifespan,
-        docs_url=None,  # add_documentation brings both pages without their CDN
+        docs_url=None,  # add_documentation adds both pages, without a CDN
         redoc_url=None,
         redirect_slashes=False,
-        # Relative to the document, so that it is right under a prefix that a proxy removes.
+        # Relative to the document, so that it also works under a prefix that a proxy removes.
         servers=[{"url": "."}],
         root_path_in_servers=False,
-        # RequestSpans replaces FastAPI's spans: those hold the query and with it callers' keys.
+        # RequestSpans replaces FastAPI's spans, which contain the query and so callers' keys.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    # The last one that is added is the first to get a request.
+    # The middleware added last gets a request first.
     app.add_middleware(RequestMiddleware, routes=app.routes)
     app.add_middleware(RequestSpans)
     app.add_middleware(StartupMessage)

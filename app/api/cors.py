@@ -1,4 +1,4 @@
-"""Cross-origin requests: which web pages of other origins a browser lets use the service."""
+"""Cross-origin requests (CORS): which web pages of other origins may call the service."""
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -16,9 +16,10 @@ EXPOSED_HEADERS = ("Idempotent-Replayed", "Retry-After", "X-Request-ID")
 
 
 class AllowOrigins:
-    """Middleware: lets browsers show responses to pages of the allowed origins, if there are any.
+    """Middleware that allows the pages of the configured origins to read responses.
 
-    The settings name the origins, and they are read after the middleware has been put together.
+    It finds the origins in the state of each request, because the settings are read after the
+    middleware is created.
     """
 
     def __init__(self, app: ASGIApp) -> None:

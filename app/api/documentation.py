@@ -1,4 +1,4 @@
-"""The pages /docs (Swagger UI) and /redoc, with every file they need served from here."""
+"""The pages /docs (Swagger UI) and /redoc. The service itself serves all their files."""
 
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from starlette.types import Scope
 ASSETS_PATH = "/docs/assets"
 OWN_FILES = Path(__file__).parent / "static"
 
-# no-cache: kept by the browser, and used once the ETag has proved that it is still what is served.
+# no-cache: the browser keeps a file, and asks with its ETag before each use.
 FILE_HEADERS = {"Cache-Control": "no-cache"}
 
-# The two style elements that ReDoc's script opens: one that is empty and filled rule by rule, and
-# the rules of its scroll bars, which are these and no others.
+# Hashes of the two style elements that ReDoc's script adds: an empty one, which it fills rule by
+# rule, and one with the rules of its scroll bars.
 REDOC_STYLES = (
     "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU='",
     "'sha256-QMIg+bpjm3JdElJ388KYke01izlUW0UoNOeKjpMxdgc='",
 )
 
-# Every address is relative, so that the pages also work under a prefix that a proxy takes off.
+# Every address is relative, so that the pages also work under a prefix that a proxy removes.
 SWAGGER_UI = """\
 <!doctype html>
 <html lang="en">
@@ -40,7 +40,7 @@ SWAGGER_UI = """\
   </body>
 </html>
 """
-# Its search would need a worker made of a blob, which the policy does not allow.
+# The search is off: it starts a worker from a blob, which the policy does not allow.
 REDOC = """\
 <!doctype html>
 <html lang="en">
@@ -60,7 +60,7 @@ REDOC = """\
 
 
 class Assets(StaticFiles):
-    """The files of both pages: this service's own, and those that fastapi-offline brings."""
+    """The files of both pages: those of this package and those of the package fastapi-offline."""
 
     def __init__(self) -> None:
         super().__init__(directory=OWN_FILES, packages=[("fastapi_offline", "static")])
@@ -72,6 +72,7 @@ class Assets(StaticFiles):
 
 
 def add_documentation(app: FastAPI) -> None:
+    """Add the pages and their files to the application."""
     app.add_route("/docs", get_swagger_ui, include_in_schema=False)
     app.add_route("/redoc", get_redoc, include_in_schema=False)
     app.mount(ASSETS_PATH, Assets())
@@ -86,7 +87,7 @@ async def get_redoc(_: Request) -> Response:
 
 
 def _page(html: str, *style_hashes: str) -> Response:
-    """Answer a page that can load nothing from elsewhere, and send nothing there."""
+    """Return a page with a policy: it can load from and send to this service only."""
     styles = " ".join(["'self'", *style_hashes])
     policy = (
         f"default-src 'none'; script-src 'self'; style-src {styles}; img-src 'self' data:; "

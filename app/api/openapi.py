@@ -1,6 +1,6 @@
 """The OpenAPI document: what FastAPI cannot derive from the code of the routes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -20,11 +20,11 @@ EXAMPLE_REQUEST_ID = "0b0e3f6c9a554d2c8f0e4d0f8d0f6a11"
 
 PROBLEM_HEADERS = {
     "Accept-Encoding": {
-        "description": "identity: bodies must not be compressed.",
+        "description": "identity: the service does not accept compressed bodies.",
         "schema": {"type": "string"},
     },
     "Retry-After": {
-        "description": "Seconds to wait before trying again.",
+        "description": "Seconds to wait before a retry.",
         "schema": {"type": "integer"},
     },
     "WWW-Authenticate": {
@@ -38,21 +38,24 @@ TOKEN_SCHEME = {
     "bearerFormat": "JWT",
     "description": "A token of the issuer that this service trusts.",
 }
+CHARGED = {
+    "no": "The user is not charged by this request.",
+    "unknown": "**It is unknown whether the user was charged.**",
+}
 
-
-# A model, and whether the document shows what is read (validation) or written (serialization).
+# A model, and whether the document shows how it is read (validation) or written (serialization).
 Models = Sequence[tuple[type[BaseModel], JsonSchemaMode]]
 
 
 class SchemasAsWritten(GenerateJsonSchema):
-    """Examples show their fields in the order of the model, not of the alphabet."""
+    """Keeps the fields of examples in the order of the model instead of sorting them."""
 
     def sort(self, value: JsonSchemaValue, parent_key: str | None = None) -> JsonSchemaValue:
         return value
 
 
 def add_schemas(app: FastAPI, models: Models) -> None:
-    """Add models that the routes read and write by hand to the document."""
+    """Add models to the document that FastAPI does not find in the signatures of the routes."""
     derive = app.openapi
 
     def make_document() -> dict[str, Any]:
@@ -67,11 +70,11 @@ def add_schemas(app: FastAPI, models: Models) -> None:
             document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
         return document
 
-    app.openapi = make_document  # type: ignore[method-assign]  # as FastAPI's manual extends it
+    app.openapi = make_document  # type: ignore[method-assign]  # FastAPI documents this way
 
 
 def document_token(app: FastAPI) -> None:
-    """Document that the operations that can respond with 401 need a token."""
+    """Document that operations with a response 401 require a token."""
     document = app.openapi()
     document["components"]["securitySchemes"] = {"token": TOKEN_SCHEME}
     for operations in document["paths"].values():
@@ -80,15 +83,32 @@ def document_token(app: FastAPI) -> None:
                 operation["security"] = [{"token": []}]
 
 
-def json_content(model: type[BaseModel]) -> dict[str, Any]:
-    """Describe a body of a model, with the model's example."""
-    example = model.model_json_schema(schema_generator=SchemasAsWritten)["examples"][0]
+def json_content(model: type[BaseModel], **examples: object) -> dict[str, Any]:
+    """Describe a body with the schema of a model; pass `example` or `examples`."""
     schema = {"$ref": f"#/components/schemas/{model.__name__}"}
-    return {"application/json": {"schema": schema, "example": example}}
+    return {"application/json": {"schema": schema, **examples}}
 
 
-def problem_responses(*problems: type[PaymentError]) -> dict[int | str, dict[str, Any]]:
-    """Describe problems: one entry a status, one example a code."""
+def describe_problem(problem: type[PaymentError]) -> str:
+    """Return a line of Markdown: what a problem means and what the caller should do."""
+    return f"- `{problem.code}`: {problem.meaning} {problem.advice}"
+
+
+def describe_debit_problem(problem: type[PaymentError]) -> str:
+    """Return a line of Markdown that also says whether the user was charged."""
+    return f"- `{problem.code}`: {problem.meaning} {CHARGED[problem.money_moved]} {problem.advice}"
+
+
+def problem_responses(
+    *problems: type[PaymentError],
+    describe: Callable[[type[PaymentError]], str] = describe_problem,
+    examples: Sequence[PaymentError] = (),
+) -> dict[int | str, dict[str, Any]]:
+    """Describe problems: one entry for each status, with one example for each code.
+
+    `examples` replace the examples that the classes give.
+    """
+    special = {example.code: example for example in examples}
     responses: dict[int | str, dict[str, Any]] = {}
     for problem in problems:
         response = responses.setdefault(
@@ -100,10 +120,10 @@ def problem_responses(*problems: type[PaymentError]) -> dict[int | str, dict[str
                 },
             },
         )
-        response["description"] = "; ".join(filter(None, [response["description"], problem.title]))
+        response["description"] += f"{describe(problem)}\n"
         response["content"][MEDIA_TYPE]["examples"][problem.code] = {
             "summary": problem.title,
-            "value": make_body(_example(problem), EXAMPLE_REQUEST_ID),
+            "value": make_body(special.get(problem.code) or _example(problem), EXAMPLE_REQUEST_ID),
         }
         for name in problem.headers.keys() & PROBLEM_HEADERS.keys():
             response.setdefault("headers", {})[name] = PROBLEM_HEADERS[name]

@@ -1,4 +1,4 @@
-"""Routes of payments: charge a user, and look up what became of it."""
+"""Routes of payments: charge a user, and look up the outcome of a debit."""
 
 from typing import Annotated
 
@@ -7,7 +7,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app import errors
-from app.api.openapi import Models, json_content, problem_responses
+from app.api import descriptions
+from app.api.examples import (
+    DEBIT_EXAMPLES,
+    INVALID_PARAMETER,
+    KEY_EXAMPLES,
+    OUTCOME_EXAMPLES,
+    PAYMENT,
+    USER_ID_EXAMPLES,
+    openapi_examples,
+)
+from app.api.openapi import Models, describe_debit_problem, json_content, problem_responses
 from app.api.problems import REPLAYED
 from app.api.requests import authenticate, read_body, read_key, read_outcome_key
 from app.api.responses import DirectRoute, json_response
@@ -54,30 +64,28 @@ OUTCOME_PROBLEMS: tuple[type[errors.PaymentError], ...] = (
 
 DEBIT_PATH = "/payments/debit"
 OUTCOME_PATH = "/payments/outcome"
-# What the routes read and write by hand.
+# Models of bodies that the routes read and write themselves.
 MODELS: Models = ((DebitRequest, "validation"), (Payment, "serialization"))
 
 KEY_HEADER = {
     "name": "Idempotency-Key",
     "in": "header",
-    "description": "1 to 255 visible ASCII characters, bare or in double quotes; one for each "
-    "debit, kept for its retries. Without it, a retry after a lost response may charge again.",
+    "description": "A new key for each purchase, such as a random UUID; the same key for its "
+    "retries. 1 to 255 visible ASCII characters, with or without double quotes. Without a key, a "
+    "retry after a lost response may charge the user a second time.",
     "schema": {"type": "string", "pattern": KEY_PATTERN},
 }
-OUTCOME_KEY_HEADER = KEY_HEADER | {"description": "The key of the debit; here or in the query."}
+OUTCOME_KEY_HEADER = KEY_HEADER | {
+    "description": "The key of the debit, if it is not in the query."
+}
 REPLAYED_HEADER = {
-    "description": "true if this is the response to an earlier request with the same key.",
+    "description": "`true` if the response repeats that of an earlier request with the same key.",
     "schema": {"type": "string", "enum": ["true"]},
 }
 
 
 async def post_debit(request: Request) -> Response:
-    """Charge the user the item's price, once for each `Idempotency-Key`.
-
-    A retry with the same key does not charge the user twice; it returns the first response. The
-    item must be for sale according to the products service and the ledger. The price charged is
-    the ledger's at that moment; with `expected_price` the debit fails if the price is another.
-    """
+    """Charge the user the price of the item, once for each idempotency key."""
     state = state_of(request.scope)
     record = state["record"]
     record.operation = "debit"
@@ -95,14 +103,22 @@ async def post_debit(request: Request) -> Response:
 
 async def get_outcome(
     request: Request,
-    user_id: Annotated[UserId, Query()],
-    idempotency_key: Annotated[IdempotencyKey | None, Query()] = None,
+    user_id: Annotated[
+        UserId,
+        Query(
+            description="The card number of the user.",
+            openapi_examples=openapi_examples(USER_ID_EXAMPLES),
+        ),
+    ],
+    idempotency_key: Annotated[
+        IdempotencyKey | None,
+        Query(
+            description="The key of the debit, if it is not in the header.",
+            openapi_examples=openapi_examples(KEY_EXAMPLES),
+        ),
+    ] = None,
 ) -> Response:
-    """Return the outcome stored for an idempotency key. Read-only.
-
-    Returns the payment, or the code of the decline. The key
-    is in the header `Idempotency-Key` or in the query; only a query ends up in logs of proxies.
-    """
+    """Return the outcome stored for an idempotency key: the payment or the code of a decline."""
     services = state_of(request.scope)["services"]
     key = read_outcome_key(request, idempotency_key)
     deadline = services.debits.new_deadline()
@@ -124,17 +140,21 @@ def add_payment_routes(app: FastAPI) -> None:
         route_class_override=DirectRoute,
         operation_id="debit_payment_payments_debit_post",
         summary="Charge a user for an item",
-        response_description="The user was charged.",
+        description=descriptions.DEBIT,
+        response_description="The user was charged exactly once.",
         response_model=None,
         responses={
             200: {
-                "content": json_content(Payment),
+                "content": json_content(Payment, example=PAYMENT),
                 "headers": {"Idempotent-Replayed": REPLAYED_HEADER},
             },
-            **problem_responses(*DEBIT_PROBLEMS),
+            **problem_responses(*DEBIT_PROBLEMS, describe=describe_debit_problem),
         },
         openapi_extra={
-            "requestBody": {"required": True, "content": json_content(DebitRequest)},
+            "requestBody": {
+                "required": True,
+                "content": json_content(DebitRequest, examples=openapi_examples(DEBIT_EXAMPLES)),
+            },
             "parameters": [KEY_HEADER],
         },
     )
@@ -142,18 +162,22 @@ def add_payment_routes(app: FastAPI) -> None:
         OUTCOME_PATH,
         get_outcome,
         summary="Look up the outcome of a debit",
-        response_description="The user was charged, or the debit was declined.",
+        description=descriptions.OUTCOME,
+        response_description="The user was charged exactly once, or the debit was declined.",
         response_model=None,
         responses={
-            200: {"model": Payment | DeclinedPayment},
-            **problem_responses(*OUTCOME_PROBLEMS),
+            200: {
+                "model": Payment | DeclinedPayment,
+                "content": {"application/json": {"examples": openapi_examples(OUTCOME_EXAMPLES)}},
+            },
+            **problem_responses(*OUTCOME_PROBLEMS, examples=[INVALID_PARAMETER]),
         },
         openapi_extra={"parameters": [OUTCOME_KEY_HEADER]},
     )
 
 
 def announce_outcomes(metrics: Metrics) -> None:
-    """Show how these routes can respond from the start."""
+    """Create the metrics of these routes with the value 0."""
     metrics.announce_debits(
         ["debited", *(problem.code for problem in DEBIT_PROBLEMS)],
         ["debited", *(problem.code for problem in DEBIT_DECLINES)],

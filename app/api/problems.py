@@ -23,6 +23,7 @@ ERRORS_MAX = 20
 
 
 def problem_response(error: PaymentError, request_id: str) -> Response:
+    """Return the response for a problem."""
     return Response(
         json.dumps(make_body(error, request_id), ensure_ascii=False, separators=(",", ":")),
         status_code=error.status,
@@ -32,13 +33,14 @@ def problem_response(error: PaymentError, request_id: str) -> Response:
 
 
 async def respond_to_payment_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, PaymentError)  # noqa: S101 - registered for this class alone
+    """Return the response for a problem that a route raised, and record its code."""
+    assert isinstance(error, PaymentError)  # noqa: S101 - registered for this class only
     return _respond(request, error)
 
 
 async def respond_to_invalid_parameters(request: Request, error: Exception) -> Response:
-    """Answer a query or path that fails validation."""
-    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class alone
+    """Return the response for a query or path that fails validation."""
+    assert isinstance(error, RequestValidationError)  # noqa: S101 - registered for this class only
     faults = [
         {"parameter": str(fault["loc"][-1]), "detail": fault["msg"]} for fault in error.errors()
     ]
@@ -47,8 +49,8 @@ async def respond_to_invalid_parameters(request: Request, error: Exception) -> R
 
 
 async def respond_to_http_exception(request: Request, error: Exception) -> Response:
-    """Answer what the router refuses by itself: an unknown path or method."""
-    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class alone
+    """Return the response for an unknown path or method, which the router rejects."""
+    assert isinstance(error, HTTPException)  # noqa: S101 - registered for this class only
     classes = {404: NotFound, 405: MethodNotAllowed}
     problem = classes.get(error.status_code, InternalError)()
     response = _respond(request, problem)
@@ -77,7 +79,7 @@ def explain(problem: type[PaymentError]) -> ProblemExplanation:
 
 
 def make_body(error: PaymentError, request_id: str) -> dict[str, object]:
-    """Return the members of a problem."""
+    """Return the body of a problem."""
     return {
         "type": f"/problems/{error.code}",
         "title": error.title,

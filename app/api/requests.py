@@ -20,10 +20,10 @@ Body = TypeVar("Body", bound=BaseModel)
 BODY_BYTES_MAX = 16 * 1024
 BODY_SECONDS_MAX = 10.0
 FIELDS_MAX = 20
-ENCODING_LENGTH_MAX = 40  # of a name that the caller sent
+ENCODING_LENGTH_MAX = 40  # of an encoding that the caller named
 
 CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s;"']+)""", re.IGNORECASE)
-# A debit is in ASCII, which is the same in all of these.
+# A debit contains ASCII only, which is the same in all these encodings.
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii", "iso-8859-1", "iso-8859-15", "windows-1252")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
@@ -41,8 +41,8 @@ async def authenticate(
     """Check the caller's token, if one is required, and return the caller.
 
     Raises:
-        Unauthenticated, Forbidden: the caller may not do this.
-        AuthenticationUnavailable: that cannot be told, or not before the deadline.
+        Unauthenticated, Forbidden: the token is missing or invalid, or does not allow this.
+        AuthenticationUnavailable: the token cannot be checked before the deadline.
     """
     if authentication is None:
         return Caller()
@@ -58,27 +58,27 @@ async def authenticate(
 
 
 async def read_body(request: Request, model: type[Body]) -> Body:
-    """Read the body as a model: strict JSON in UTF-8, and no more of it than is allowed.
+    """Read the body as a model: strict JSON in UTF-8, within the limits of size and time.
 
     Raises:
-        InvalidRequest: it is not as documented.
-        RequestTooLarge, RequestTimeout: there is more of it, or it does not arrive.
-        UnsupportedEncoding: it is compressed, or not in UTF-8.
+        InvalidRequest: the body does not match the model.
+        RequestTooLarge, RequestTimeout: the body is too large or did not arrive in time.
+        UnsupportedEncoding: the body is compressed or is not in UTF-8.
     """
     body = await _receive_body(request)
     _check_headers(request)
     body_without_mark = body.removeprefix(BYTE_ORDER_MARK)
     colons = body.count(b":")
     if colons > FIELDS_MAX:
-        _refuse_too_many_fields(body_without_mark)
+        _reject_too_many_fields(body_without_mark)
     try:
         read = model.model_validate_json(body_without_mark)
     except ValidationError as error:
-        _refuse_encoding(body)
+        _reject_encoding(body)
         raise _invalid_body(error, body) from None
-    # Each member of an object has a colon, so as many colons as fields are no duplicates.
+    # Each member of an object has a colon. More colons than fields can mean duplicate names.
     if colons > len(read.model_fields_set):
-        _refuse_duplicates(body_without_mark)
+        _reject_duplicates(body_without_mark)
     return read
 
 
@@ -107,7 +107,7 @@ async def _receive_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _refuse_encoding(body: bytes) -> None:
+def _reject_encoding(body: bytes) -> None:
     """Raise UnsupportedEncoding if the encoding explains why the body is not JSON."""
     if body.startswith(GZIP):
         raise _unsupported("compressed (gzip)")
@@ -122,8 +122,8 @@ def _unsupported(what: str) -> errors.UnsupportedEncoding:
     )
 
 
-def _refuse_too_many_fields(body: bytes) -> None:
-    """Refuse a body before all its fields are checked, which would take milliseconds."""
+def _reject_too_many_fields(body: bytes) -> None:
+    """Reject a body with too many fields early: checking all of them would take milliseconds."""
     count = 0
 
     def count_fields(members: list[tuple[str, object]]) -> None:
@@ -136,7 +136,7 @@ def _refuse_too_many_fields(body: bytes) -> None:
         json.loads(body, object_pairs_hook=count_fields)
 
 
-def _refuse_duplicates(body: bytes) -> None:
+def _reject_duplicates(body: bytes) -> None:
     duplicates: set[str] = set()
 
     def find_duplicates(members: list[tuple[str, object]]) -> None:
@@ -149,10 +149,10 @@ def _refuse_duplicates(body: bytes) -> None:
 
 
 def read_key(request: Request) -> str | None:
-    """Read the Idempotency-Key, bare or in quotes; None if there is none.
+    """Return the header Idempotency-Key without its quotes, or None.
 
     Raises:
-        InvalidRequest: it is not as documented.
+        InvalidRequest: the key is not valid, or there are several.
     """
     keys = request.headers.getlist("idempotency-key")
     if not keys:
@@ -165,10 +165,10 @@ def read_key(request: Request) -> str | None:
 
 
 def read_outcome_key(request: Request, key_of_query: str | None) -> str:
-    """Return the key of an outcome that is asked for, from the header or the query.
+    """Return the key of a lookup, from the header or the query.
 
     Raises:
-        InvalidRequest: there is none, or there are two; or a parameter appears twice.
+        InvalidRequest: there is no key, there are two different keys, or a parameter appears twice.
     """
     names = [name for name, _ in request.query_params.multi_items()]
     duplicates = sorted({name for name in names if names.count(name) > 1})
@@ -183,7 +183,7 @@ def read_outcome_key(request: Request, key_of_query: str | None) -> str:
 
 
 def _invalid_body(error: ValidationError, body: bytes) -> errors.InvalidRequest:
-    """Name each fault of a body by where it is, without repeating the body."""
+    """Return a problem that lists the place of each fault, without values of the body."""
     faults = [
         {"pointer": _json_pointer(fault["loc"]), "detail": fault["msg"]}
         for fault in error.errors(include_url=False, include_context=False, include_input=False)
@@ -193,8 +193,8 @@ def _invalid_body(error: ValidationError, body: bytes) -> errors.InvalidRequest:
     return errors.InvalidRequest("The body is not as documented", errors=faults[:ERRORS_MAX])
 
 
-def _too_many_fields(most: int) -> errors.InvalidRequest:
-    fault = {"pointer": "#", "detail": f"Should have at most {most} fields"}
+def _too_many_fields(fields_max: int) -> errors.InvalidRequest:
+    fault = {"pointer": "#", "detail": f"Should have at most {fields_max} fields"}
     return errors.InvalidRequest("The body is not as documented", errors=[fault])
 
 
@@ -215,6 +215,6 @@ def _invalid_header(name: str, detail: str) -> errors.InvalidRequest:
 
 
 def _json_pointer(location: tuple[int | str, ...]) -> str:
-    """Write a location as RFC 6901 does; a name that the caller made up is cut short."""
+    """Return a location as a JSON Pointer (RFC 6901), shortened if the caller's names are long."""
     steps = (str(step).replace("~", "~0").replace("/", "~1") for step in location)
     return "".join(["#", *(f"/{step}" for step in steps)])[:POINTER_LENGTH_MAX]

@@ -12,10 +12,10 @@ Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class DirectRoute(APIRoute):
-    """A route whose endpoint reads the request itself; FastAPI documents it like any other.
+    """A route whose endpoint reads the request itself. FastAPI documents it like other routes.
 
-    The middleware calls the endpoint without routing if the path is the route's own, which has no
-    parameters.
+    Its path has no parameters, so the middleware finds the endpoint by the path and calls it
+    without routing.
     """
 
     def get_route_handler(self) -> Endpoint:

@@ -21,14 +21,13 @@ from app.errors import EXAMPLE_KEY, PROBLEMS
 
 BIGINT_MAX = 2**63 - 1
 DIGITS_PATTERN = "^0{0,13}[1-9][0-9]{0,18}$"  # card readers send zeros in front
-EXAMPLE_ITEM = "550e8400-e29b-41d4-a716-446655440000"
 
 # https://datatracker.ietf.org/doc/draft-ietf-httpapi-idempotency-key-header/ puts it in quotes.
 KEY_PATTERN = r'^("[!#-~]{1,255}"|[!#-~]{1,255})$'
 
 
 def _whole_number(value: Any) -> Any:
-    """Return the integer of decimal digits or of an integer; 1.0 and true are neither."""
+    """Return an integer, or the integer of decimal digits. Reject fractions and booleans."""
     if isinstance(value, str) and re.fullmatch(DIGITS_PATTERN, value):
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
@@ -50,8 +49,10 @@ UserId = Annotated[
                 {"type": "integer", "minimum": 1, "maximum": BIGINT_MAX},
                 {"type": "string", "pattern": DIGITS_PATTERN},
             ],
-            "description": "The user's card id, 1 to 2^63-1; as a string for callers whose numbers "
-            "lose digits past 2^53, or with leading zeros (at most 13), which do not count.",
+            "description": "The user's card number, 1 to 2^63-1: an integer, or its decimal digits "
+            "as a string. A string may have up to 13 leading zeros. Use a string in languages "
+            "whose numbers lose digits above 2^53, such as JavaScript.",
+            "examples": [1001],
         },
         mode="validation",
     ),
@@ -71,67 +72,56 @@ class DebitRequest(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        json_schema_extra={"examples": [{"user_id": 1001, "item_id": EXAMPLE_ITEM}]},
     )
 
     user_id: UserId
-    item_id: UUID = Field(description="The item's id.")
+    item_id: UUID = Field(description="The id of the item.")
     expected_price: StrictInt | None = Field(
         None,
         ge=0,
         le=BIGINT_MAX,
-        description="The price that the customer was shown, in minor units; "
-        "if the price is another by now, nothing is charged.",
+        description="The price that the customer saw, in minor units. If the current price "
+        "differs, the user is not charged.",
     )
 
 
 class Payment(BaseModel):
-    """A debit that was done."""
+    """A debit that charged the user."""
 
     model_config = ConfigDict(
         frozen=True,
         from_attributes=True,
-        json_schema_extra={
-            "examples": [
-                {
-                    "user_id": 1001,
-                    "new_balance": 4650,
-                    "transaction_id": "6f1d8f0e-1111-4a6b-9d51-000000000001",
-                    "item_id": EXAMPLE_ITEM,
-                    "amount": 350,
-                    "created_at": "2026-11-20T07:15:00.123456Z",
-                }
-            ]
-        },
     )
 
-    user_id: int = Field(description="The user who was charged.")
-    new_balance: int = Field(description="The user's balance afterwards, in minor units.")
-    transaction_id: UUID = Field(description="The ledger entry.")
-    item_id: UUID = Field(description="The item that was bought.")
-    amount: int = Field(ge=0, description="What was charged, in minor units.")
-    created_at: AwareDatetime = Field(description="When, in UTC.")
+    user_id: int = Field(description="The user.")
+    new_balance: int = Field(description="The balance of the user after the debit, in minor units.")
+    transaction_id: UUID = Field(description="The id of the ledger entry.")
+    item_id: UUID = Field(description="The item.")
+    amount: int = Field(ge=0, description="The amount charged, in minor units.")
+    created_at: AwareDatetime = Field(description="The time of the debit, in UTC.")
 
 
 class DeclinedPayment(BaseModel):
-    """A debit that was declined, and stays declined under its key."""
+    """A debit that the ledger declined. A retry with the same key is declined too."""
 
-    outcome: str = Field(description="The problem's code.", examples=["insufficient_funds"])
+    outcome: str = Field(description="The code of the problem.", examples=["insufficient_funds"])
 
 
 class ProblemBase(BaseModel):
-    """Why a request was not done (RFC 9457, application/problem+json)."""
+    """Why a request failed (RFC 9457, application/problem+json)."""
 
-    type: str = Field(description="Path of the explanation, /problems/{code}.")
-    title: str
-    status: int
-    detail: str
-    code: str = Field(description="What to decide on; see /problems.")
-    request_id: str = Field(description="The request's id, as in the logs and in X-Request-ID.")
+    type: str = Field(description="The path of the explanation, /problems/{code}.")
+    title: str = Field(description="What this code means, in a few words.")
+    status: int = Field(description="The HTTP status.")
+    detail: str = Field(description="What is wrong with this request.")
+    code: str = Field(description="The code for programs to decide on; see /problems.")
+    request_id: str = Field(
+        description="The id of the request, as in the log and in the header X-Request-ID."
+    )
 
 
 def _extensions() -> dict[str, Any]:
-    """Return the members that single codes add, as optional fields of every problem."""
+    """Return the members that some codes add, as optional fields of every problem."""
     fields: dict[str, Any] = {}
     for problem in PROBLEMS.values():
         for name, field in problem.extension.model_fields.items() if problem.extension else ():
@@ -147,24 +137,31 @@ Problem: type[BaseModel] = create_model(
 
 
 class ProblemExplanation(BaseModel):
-    """One entry of the error catalogue."""
+    """An entry of the error catalogue."""
 
-    code: str
-    status: int
-    title: str
-    meaning: str
+    code: str = Field(description="The code of the problem.")
+    status: int = Field(description="The HTTP status.")
+    title: str = Field(description="What the code means, in a few words.")
+    meaning: str = Field(description="When the service returns the problem.")
     advice: str = Field(description="What the caller should do.")
-    money_moved: str = Field(description='Whether the user was charged: "no" or "unknown".')
+    money_moved: str = Field(
+        description="Whether a request that received this problem charged the user: `no` or "
+        "`unknown`."
+    )
 
 
 class Health(BaseModel):
-    """The process answers."""
+    """The process responds."""
 
     status: str = Field(examples=["healthy"])
 
 
 class Readiness(BaseModel):
-    """Whether debits can be taken, and how the dependencies were when last asked."""
+    """Whether the service can take debits, and the last known state of each dependency."""
 
-    status: str = Field(description="ready, starting or stopping.", examples=["ready"])
-    dependencies: dict[str, str] = Field(examples=[{"ledger": "ok", "products": "not asked yet"}])
+    status: str = Field(description="`ready`, `starting` or `stopping`.", examples=["ready"])
+    dependencies: dict[str, str] = Field(
+        description="The last known state of each dependency: `ok`, `not asked yet`, `unavailable` "
+        "or the code of a problem.",
+        examples=[{"ledger": "ok", "products": "not asked yet"}],
+    )

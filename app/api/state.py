@@ -25,7 +25,7 @@ class Services:
 
 
 class LifespanState(TypedDict):
-    """What the lifespan puts into the state of every request."""
+    """State that the lifespan adds to every request."""
 
     services: Services
     exports_traces: bool
@@ -38,5 +38,5 @@ class ApiState(RequestState):
 
 
 def state_of(scope: Scope) -> ApiState:
-    """Return the state of the request that a scope belongs to."""
+    """Return the state of the request of a scope."""
     return cast("ApiState", scope.setdefault("state", {}))

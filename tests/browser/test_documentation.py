@@ -1,6 +1,7 @@
 """/docs and /redoc in a real browser: they work and load nothing from other hosts."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -186,6 +187,18 @@ def test_a_failed_debit_shows_its_problem(
     operation(page).locator("textarea").fill(json.dumps(body))
     shown_status, problem = execute(page)
     assert (shown_status, problem["code"]) == (status, code)
+
+
+@pytest.mark.usefixtures("alice_has_5000")
+@pytest.mark.parametrize(
+    ("example", "status"), [("expected_price", "200"), ("price_changed", "409")]
+)
+def test_an_example_can_be_chosen_and_executed(page: Page, example: str, status: str) -> None:
+    try_it_out(page)
+    examples = operation(page).locator(".opblock-section-request-body .examples-select-element")
+    examples.select_option(example)
+    expect(operation(page).locator("textarea")).to_have_value(re.compile("expected_price"))
+    assert execute(page)[0] == status
 
 
 @pytest.fixture

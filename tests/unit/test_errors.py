@@ -15,14 +15,21 @@ from app.ledger.failures import classify_failure
 from app.ledger.outcomes import DECLINES
 from devstack.postgres import SUPABASE_DIRECTORY
 
-README = Path(__file__).parent.parent.parent / "README.md"
+API = Path(__file__).parents[2] / "docs" / "api.md"
 
 
-def test_the_readme_lists_every_problem_with_its_status() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \|", README.read_text(), re.MULTILINE)
-    assert {code: int(status) for code, status in rows} == {
-        code: problem.status for code, problem in PROBLEMS.items()
+def test_the_reference_lists_every_problem_with_its_status_and_whether_money_moved() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\d{3}) \|.*\| (\w+) \|$", API.read_text(), re.MULTILINE)
+    assert {code: (int(status), charged) for code, status, charged in rows} == {
+        code: (problem.status, problem.money_moved) for code, problem in PROBLEMS.items()
     }
+
+
+def test_the_reference_names_the_members_that_a_problem_adds() -> None:
+    text = API.read_text()
+    for code, problem in PROBLEMS.items():
+        for member in problem.extension.model_fields if problem.extension else ():
+            assert f"`{member}` (`{code}`)" in " ".join(text.split())
 
 
 def test_every_problem_has_a_meaning_and_advice() -> None:

@@ -1,0 +1,40 @@
+"""The Markdown files of the project, and the commands in them."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND_LANGUAGES = ("sh", "bash", "sql", "promql")
+
+
+class Block(NamedTuple):
+    """A code block: its language, its text without indentation, and the line above it."""
+
+    language: str
+    text: str
+    line_above: str
+
+
+def name_of(document: Path) -> str:
+    """Return the path of a document in the checkout."""
+    return str(document.relative_to(ROOT))
+
+
+def prose(document: Path) -> str:
+    """Return the text of a document without its code blocks."""
+    return re.sub(r"^ *```.*?^ *```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def blocks(document: Path) -> list[Block]:
+    """Return the code blocks of a document."""
+    pattern = r"^(?P<above>[^\n]*)\n(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$"
+    return [
+        Block(
+            found["language"],
+            re.sub(rf"^{found['indent']}", "", found["text"], flags=re.MULTILINE),
+            found["above"].strip(),
+        )
+        for found in re.finditer(pattern, document.read_text(), re.DOTALL | re.MULTILINE)
+    ]
