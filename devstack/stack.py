@@ -124,7 +124,7 @@ def _only_stack_in(data: Path) -> Iterator[None]:
             )  # the kernel releases it when the process ends
         except BlockingIOError:
             raise StackFailed(
-                f"A dev stack already uses {data}. Stop it, or start this one with other ports and "
+                f"A dev stack is already running on {data}. Stop it, or use other ports and "
                 "--data FOLDER."
             ) from None
         yield

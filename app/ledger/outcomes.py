@@ -102,7 +102,7 @@ class Debited(BaseModel):
 
 
 class Declined(BaseModel):
-    """The ledger declined the debit, and nobody was charged; `members` are for the problem."""
+    """The ledger declined the debit. Nobody was charged. `members` are members of the problem."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -147,7 +147,7 @@ Outcome = Debited | Declined
 
 
 def may_be_seen_by(outcome: Outcome, actor: str | None) -> bool:
-    """Return whether an actor may get a stored outcome: not if it was stored for another actor."""
+    """Return whether an actor may get a stored outcome; False if both are known and differ."""
     return outcome.actor is None or actor is None or outcome.actor == actor
 
 

@@ -14,7 +14,7 @@ DELAY_SECONDS_MAX = 1.0
 
 
 class Retries:
-    """Decides whether and when a failed call is repeated, and if one may have been executed."""
+    """Decides whether to repeat a failed call, and records if an attempt may have committed."""
 
     def __init__(self, pause: Pause, deadline: float, *, may_have_committed: bool = False) -> None:
         self.may_have_committed = may_have_committed

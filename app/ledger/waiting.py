@@ -13,7 +13,7 @@ from app.ledger.retries import RETRY_SECONDS_MAX
 
 @dataclass(eq=False)
 class WaitingDebit:
-    """A debit that was not settled yet; its caller waits for `outcome`."""
+    """A debit that is not settled yet; its caller waits for `outcome`."""
 
     keyed: KeyedDebit
     deadline: float

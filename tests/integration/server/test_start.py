@@ -1,4 +1,4 @@
-"""`python -m app`: listening addresses, and settings that stop the start."""
+"""`python -m app`: listening addresses, and settings that prevent the start."""
 
 import json
 import os
