@@ -10,7 +10,7 @@ IMAGE := .venv-image/installed
 BASE_IMAGE := python:3.11-slim
 
 .DEFAULT_GOAL := help
-.PHONY: help run clean check lint types test torture simulate mutants attack bench bench-chart
+.PHONY: help run clean check lint types test torture simulate mutants attack bench bench-chart images
 .PHONY: check-database audit manifests policies lock licences vulnerabilities sbom pin-image
 
 help: ## Show this list
@@ -64,6 +64,10 @@ bench: $(INSTALLED) ## Measure the service and its peers; ARGS="--against REV" c
 
 bench-chart: $(INSTALLED) ## Draw docs/images/performance.svg from bench.json (make bench ARGS="--json bench.json")
 	@$(BIN)/python -m bench.chart bench.json docs/images/performance.svg
+
+images: $(INSTALLED) ## Take the pictures of Swagger UI and of the dashboard (needs Chromium and Prometheus)
+	@$(BIN)/python -m devstack.images docs/images/swagger.png
+	@$(BIN)/python -m bench.dashboard docs/images/dashboard.png
 
 ##@ Database
 

@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m app",
         description="Start the payment service. It reads its settings from the environment and "
-        "from .env; README.md and .env.example describe them.",
+        "from .env; docs/configuration.md describes them.",
     )
     parser.add_argument("--host", help="address to listen on (default: all, IPv4 and IPv6)")
     parser.add_argument("--port", type=_port, default=8002, help="port (default: %(default)s)")
