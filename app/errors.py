@@ -149,7 +149,10 @@ class Forbidden(PaymentError):
         "The token is valid, but it does not have the required role, or the products service "
         "rejected it."
     )
-    advice = "Ask the administrator of the issuer for the role that payments require."
+    advice = (
+        "Ask the administrator of the issuer for the role that payments require. If the products "
+        "service rejected the token, tell the operator."
+    )
 
 
 class AuthenticationUnavailable(PaymentError):
@@ -308,8 +311,9 @@ class PaymentNotFound(PaymentError):
     title = "No outcome is stored for this key"
     meaning = "Neither a payment nor a decline is stored for this user and this key."
     advice = (
-        "If the customer still wants the item, send the debit again with the same key. If not, ask "
-        "again: if nothing is stored a minute after the last request has ended, nobody was charged."
+        "If the customer still wants the item, send the debit again with the same key. If not, "
+        "cancel it: send it again with the same key and an expected_price that no item has, then "
+        "look up the outcome again."
     )
 
 

@@ -65,10 +65,10 @@ Returns the outcome of a debit, found by its idempotency key. The operation only
 | --- | --- |
 | 200 with a payment | yes, exactly once |
 | 200 with `outcome` | no: the database declined the debit; `outcome` is the code of the decline |
-| 404 `payment_not_found` | no; an earlier debit with this key may still be on its way |
+| 404 `payment_not_found` | no; an earlier debit with this key may still be in progress |
 | every other problem | unknown: correct the request, or look it up again |
 
-**After `payment_not_found`:** if the customer still wants the item, repeat the debit with the same key. If not, ask again. If nothing is stored a minute after the last debit request has ended, nobody was charged.
+**After `payment_not_found`:** if the customer still wants the item, repeat the debit with the same key. If not, cancel it: repeat it with the same key and an `expected_price` that no item has, such as 9007199254740991. The database stores the decline under the key, so a delayed request cannot charge anymore. Then look up the outcome again.
 
 Send the key in the header `Idempotency-Key` or in the query. Proxies often log the query, but rarely this header.
 

@@ -77,6 +77,29 @@ def test_the_runbook_shows_whether_a_user_was_charged(ledger: Database) -> None:
     assert [entry["idempotency_key"] for entry in entries] == [KEY, "earlier", None]
 
 
+def test_a_cancelled_debit_does_not_charge_when_it_arrives_later(ledger: Database) -> None:
+    item_id = ledger.add_item(350)
+    (statement,) = [candidate for candidate in STATEMENTS if "9007199254740991" in candidate]
+    statement = re.sub(r"'[0-9a-f-]{36}'", f"'{item_id}'", statement).replace(KEY, "late-key")
+
+    row = ledger.connection.execute(statement).fetchone()
+
+    assert row is not None
+    assert row[0]["outcome"] == "price_changed"
+    assert debit(ledger, USER, item_id, "late-key") == "idempotency_key_reused"
+    assert ledger.balance(USER) == 300
+
+
+def test_a_debit_that_arrived_before_it_was_cancelled_stays_charged(ledger: Database) -> None:
+    assert run(ledger, "9007199254740991")[0]["debit_use"] == {
+        "outcome": "idempotency_key_reused",
+        "item_id": "550e8400-e29b-41d4-a716-446655440000",
+        "expected_price": 9007199254740991,
+        "replayed": False,
+    }
+    assert ledger.balance(USER) == 300
+
+
 def test_a_refund_is_written_once_although_it_is_run_twice(ledger: Database) -> None:
     run(ledger, "'refund'")
     with pytest.raises(psycopg.errors.UniqueViolation), ledger.connection.transaction():
