@@ -168,8 +168,8 @@ class UserNotFound(PaymentError):
     status = 404
     code = "user_not_found"
     title = "User not found"
-    meaning = "No user has this user_id."
-    advice = "Check the number of the card."
+    meaning = "No user has the card number in user_id."
+    advice = "Check the card number."
 
 
 class IdempotencyKeyReused(PaymentError):
@@ -195,15 +195,15 @@ class ItemNotFound(PaymentError):
     status = 404
     code = "item_not_found"
     title = "Item not found"
-    meaning = "The products service or the ledger does not have this item."
-    advice = "Check item_id. The ledger may not have a new item yet."
+    meaning = "The products service or the database does not have this item."
+    advice = "Check item_id. The database may not have a new item yet."
 
 
 class ItemInactive(PaymentError):
     status = 409
     code = "item_inactive"
     title = "Item is not for sale"
-    meaning = "The item is not for sale, according to the products service or the ledger."
+    meaning = "The item is not for sale, according to the products service or the database."
     advice = "Remove the item from the selection."
 
 
@@ -306,9 +306,10 @@ class PaymentNotFound(PaymentError):
     status = 404
     code = "payment_not_found"
     title = "No outcome is stored for this key"
-    meaning = "The ledger has neither a payment nor a decline for this user and this key."
+    meaning = "Neither a payment nor a decline is stored for this user and this key."
     advice = (
-        "If a debit with this key may still be in progress, send the debit again with the same key."
+        "If the customer still wants the item, send the debit again with the same key. If not, ask "
+        "again: if nothing is stored a minute after the last request has ended, nobody was charged."
     )
 
 

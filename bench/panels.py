@@ -85,6 +85,8 @@ def format_value(value: float, unit: str) -> str:
             return f"{value / 2**20:.0f} MiB"
         case "reqps":
             return f"{value:.3g} req/s"
+        case "currencySEK":
+            return f"{value:.0f} kr"
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 

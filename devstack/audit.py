@@ -26,6 +26,8 @@ def main() -> None:
     url = os.environ.get("DATABASE_URL") or database_url(54322)
     try:
         with psycopg.connect(url, connect_timeout=5) as connection:
+            info = connection.info
+            audited = f"database {info.dbname} on {info.host}:{info.port}"
             # The function's own statement_timeout only works in calls through PostgREST.
             connection.execute("set statement_timeout = '10min'")
             faults = connection.execute("select * from public.audit_ledger()").fetchall()
@@ -34,14 +36,18 @@ def main() -> None:
         # The URL may contain a password, so it is not printed.
         sys.exit(
             f"The ledger could not be audited: {str(error).strip()}\n"
-            "Is the dev stack running (make run)? Are the migrations applied?"
+            "Does DATABASE_URL name the database? Without it, make audit connects to the dev stack "
+            "(make run). Are the migrations applied?"
         )
     for user_id, fault in faults:
         print(f"user {user_id}: {fault}")
     if faults:
-        sys.exit(f"{len(faults)} faults in the ledger.")
+        sys.exit(f"{len(faults)} faults in the ledger ({audited}).")
     users, entries, total = counts or (0, 0, 0)
-    print(f"The ledger has no faults: {users} users, {entries} entries, total balance {total}.")
+    print(
+        f"The ledger has no faults: {users} users, {entries} entries, total balance {total} "
+        f"({audited})."
+    )
 
 
 if __name__ == "__main__":

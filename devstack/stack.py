@@ -25,7 +25,7 @@ from devstack.postgres import (
     running_postgres,
     stop_postgres,
 )
-from devstack.server_account import PostgresFailed
+from devstack.server_account import PortRefused, PostgresFailed
 
 READY_TIMEOUT_SECONDS = 30
 STOP_TIMEOUT_SECONDS = 25  # longer than the service's graceful stop
@@ -58,10 +58,14 @@ def run() -> str:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m devstack", description=__doc__)
-    parser.add_argument("--port", type=_port, default=8002, help="(default: %(default)s)")
-    parser.add_argument("--products-port", type=_port, default=8001, help="(default: %(default)s)")
-    parser.add_argument("--gateway-port", type=_port, default=54321, help="(default: %(default)s)")
-    parser.add_argument("--postgres-port", type=_port, default=54322, help="(default: %(default)s)")
+    for option, default, server in (
+        ("--port", 8002, "the payment service"),
+        ("--products-port", 8001, "the products service"),
+        ("--gateway-port", 54321, "the gateway"),
+        ("--postgres-port", 54322, "Postgres"),
+    ):
+        text = f"port of {server} (default: %(default)s)"
+        parser.add_argument(option, type=_port, default=default, metavar="PORT", help=text)
     parser.add_argument(
         "--data",
         type=Path,
@@ -85,7 +89,10 @@ def _start(arguments: argparse.Namespace, stack: ExitStack) -> subprocess.Popen[
     _refuse_taken_ports(arguments)
 
     _print_place(arguments.data, cluster)
-    stack.enter_context(running_postgres(cluster, arguments.postgres_port))
+    try:
+        stack.enter_context(running_postgres(cluster, arguments.postgres_port))
+    except PortRefused as error:  # another program was faster, or the port needs root
+        raise _taken_port(arguments.postgres_port, "postgres_port", str(error)) from None
     apply_migrations(database_url(arguments.postgres_port))
     apply_seed(database_url(arguments.postgres_port))
 
@@ -137,14 +144,17 @@ def _refuse_taken_ports(arguments: argparse.Namespace) -> None:
             try:
                 _bind(port, probes)
             except OSError as error:
-                flag = f"--{option.replace('_', '-')}"
-                remedy = "Stop the program that uses it, or choose"
-                if error.errno == errno.EACCES:
-                    remedy = "Choose"
-                raise StackFailed(
-                    f"Port {port} cannot be used ({error.strerror}). {remedy} another: "
-                    f'make run ARGS="{flag} PORT"'
-                ) from None
+                raise _taken_port(port, option, os.strerror(error.errno or 0)) from None
+
+
+def _taken_port(port: int, option: str, reason: str) -> StackFailed:
+    # PostgreSQL's programs report the reason of the system as text only.
+    is_forbidden = reason == os.strerror(errno.EACCES)
+    remedy = "Choose" if is_forbidden else "Stop the program that uses it, or choose"
+    flag = f"--{option.replace('_', '-')}"
+    return StackFailed(
+        f'Port {port} cannot be used ({reason}). {remedy} another: make run ARGS="{flag} PORT"'
+    )
 
 
 def _bind(port: int, probes: ExitStack) -> None:

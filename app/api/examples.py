@@ -49,35 +49,35 @@ DEBIT_EXAMPLES = {
         {"user_id": EVE, "item_id": SANDWICH},
     ),
     "price_changed": Example(
-        "Declined: Alice was shown 300, but the coffee costs 350",
+        "Refused: Alice was shown 300, but the coffee costs 350",
         {"user_id": ALICE, "item_id": COFFEE, "expected_price": 300},
     ),
     "insufficient_funds": Example(
-        "Declined: Dan has no money for a coffee", {"user_id": DAN, "item_id": COFFEE}
+        "Refused: Dan has no money for a coffee", {"user_id": DAN, "item_id": COFFEE}
     ),
     "user_inactive": Example(
-        "Declined: Carol is deactivated", {"user_id": CAROL, "item_id": COFFEE}
+        "Refused: Carol is deactivated", {"user_id": CAROL, "item_id": COFFEE}
     ),
     "user_not_found": Example(
-        "Declined: no user has this card number", {"user_id": UNKNOWN_USER, "item_id": COFFEE}
+        "Refused: no user has this card number", {"user_id": UNKNOWN_USER, "item_id": COFFEE}
     ),
     "item_inactive": Example(
-        "Declined: last year's calendar is not for sale",
+        "Refused: last year's calendar is not for sale",
         {"user_id": ALICE, "item_id": OLD_CALENDAR},
     ),
     "item_not_found": Example(
-        "Declined: the products service does not have this item",
+        "Refused: the products service does not have this item",
         {"user_id": ALICE, "item_id": UNKNOWN_ITEM},
     ),
 }
 
 
 USER_ID_EXAMPLES = {"alice": Example("Alice", ALICE)}
-KEY_EXAMPLES = {"key": Example("The key of a debit, sent before", EXAMPLE_KEY)}
+KEY_EXAMPLES = {"key": Example("A key that a debit has used before", EXAMPLE_KEY)}
 OUTCOME_EXAMPLES = {
     "payment": Example("The user was charged", PAYMENT),
     "insufficient_funds": Example(
-        "The ledger declined the debit", {"outcome": "insufficient_funds"}
+        "The database declined the debit", {"outcome": "insufficient_funds"}
     ),
 }
 # Replaces the example of the class, whose fault is in a body.

@@ -93,7 +93,7 @@ class Payment(BaseModel):
         from_attributes=True,
     )
 
-    user_id: int = Field(description="The user.")
+    user_id: int = Field(description="The card number of the user.")
     new_balance: int = Field(description="The balance of the user after the debit, in minor units.")
     transaction_id: UUID = Field(description="The id of the ledger entry.")
     item_id: UUID = Field(description="The item.")
@@ -102,9 +102,9 @@ class Payment(BaseModel):
 
 
 class DeclinedPayment(BaseModel):
-    """A debit that the ledger declined. A retry with the same key is declined too."""
+    """A debit that the database declined. A retry with the same key is declined too."""
 
-    outcome: str = Field(description="The code of the problem.", examples=["insufficient_funds"])
+    outcome: str = Field(description="The code of the decline.", examples=["insufficient_funds"])
 
 
 class ProblemBase(BaseModel):
@@ -114,7 +114,7 @@ class ProblemBase(BaseModel):
     title: str = Field(description="What this code means, in a few words.")
     status: int = Field(description="The HTTP status.")
     detail: str = Field(description="What is wrong with this request.")
-    code: str = Field(description="The code for programs to decide on; see /problems.")
+    code: str = Field(description="The code, for programs to compare; see /problems.")
     request_id: str = Field(
         description="The id of the request, as in the log and in the header X-Request-ID."
     )

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections import defaultdict
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
 
@@ -40,6 +41,7 @@ QUERIES = [
         for variable in DASHBOARD["templating"]["list"][1:]
     ),
 ]
+ITEM = "550e8400-e29b-41d4-a716-446655440000"  # of the runbook
 # Labels that Prometheus adds to every series, and the series that it generates.
 ADDED_LABELS = {"job", "namespace", "pod"}
 ADDED_SERIES = "up"
@@ -159,18 +161,49 @@ def test_the_queries_of_the_runbook_use_series_of_the_service_and_are_valid(
 
 
 def test_the_first_checks_of_the_runbook_show_the_state_of_a_pod(service: httpx.Client) -> None:
-    (block,) = re.findall(r"```sh\n((?: *curl [^`]*))```", RUNBOOK)
-    commands = block.replace("localhost:8002", f"127.0.0.1:{service.base_url.port}")
+    output = run_curl(service, "First checks", {})
+    assert '"status":"ready"' in output
+    assert "payment_debits_total{" in output
+
+
+def run_curl(service: httpx.Client, section: str, replaced: Mapping[str, str]) -> str:
+    """Run the curl commands of a section of the runbook on the service; return their output."""
+    text = RUNBOOK.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    (block,) = re.findall(r"```sh\n((?: *curl [^`]*))```", text)
+    address = f"127.0.0.1:{service.base_url.port}"
+    block = block.replace("localhost:8002", address)
+    block = block.replace("https://payments.example.org", f"http://{address}")
+    for old, new in replaced.items():
+        assert old in block
+        block = block.replace(old, new)
     find_program("curl")
     ended = subprocess.run(
-        ["bash", "-e", "-o", "pipefail", "-c", commands],
+        ["bash", "-e", "-o", "pipefail", "-c", block],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    assert '"status":"ready"' in ended.stdout
-    assert "payment_debits_total{" in ended.stdout
+    return ended.stdout
+
+
+def test_the_runbook_sends_a_debit_again(
+    service: httpx.Client, database_session: psycopg.Connection
+) -> None:
+    database = Database(database_session)
+    user_id = database.add_user(balance=500)
+    values = {"1001": str(user_id), ITEM: str(database.add_item(price=350))}
+    outputs = [json.loads(run_curl(service, "Was somebody charged?", values)) for _ in range(2)]
+    assert outputs[0] == outputs[1]
+    assert database.balance(user_id) == 150
+
+
+def test_the_debit_that_tests_a_new_key_charges_nobody(
+    service: httpx.Client, database_session: psycopg.Connection
+) -> None:
+    item_id = str(Database(database_session).add_item(price=350))
+    problem = json.loads(run_curl(service, "Rotating the key", {ITEM: item_id}))
+    assert problem["code"] == "user_not_found"
 
 
 def test_the_dependencies_in_queries_exist_in_the_code() -> None:
@@ -191,12 +224,14 @@ def test_a_query_for_a_missing_series_or_label_is_detected(metrics: Metrics, que
 
 def test_a_ratio_compares_the_same_requests_over_the_same_range() -> None:
     selector = r"\w+\((\w+)\{([^}]*)\}\[(\w+)\]\)\)"
-    ratio = rf"{selector}\s+[<>] [\d.]+ \* sum by \(namespace\) \({selector}"
-    by_ratio = {name: rule["expr"] for name, rule in ALERTS.items() if " * " in rule["expr"]}
+    ratio = rf"{selector}\s+(?:[<>] [\d.]+ \*|/) sum by \(namespace\) \({selector}"
+    by_ratio = {
+        name: rule["expr"] for name, rule in ALERTS.items() if re.search(" [*/] ", rule["expr"])
+    }
     assert len(by_ratio) == 5
     for name, expression in by_ratio.items():
         ratios = re.findall(ratio, expression)
-        assert len(ratios) == expression.count(" * "), name
+        assert len(ratios) == len(re.findall(" [*/] ", expression)), name
         for _, part, part_range, _, whole, whole_range in ratios:
             assert part_range == whole_range, name
             (narrower,) = set(part.split(", ")) - set(whole.split(", "))
@@ -312,6 +347,7 @@ def test_the_error_ratio_is_zero_without_errors() -> None:
 def test_money_is_shown_in_kronor() -> None:
     (panel,) = [panel for panel in PANELS if "minor_units" in panel["targets"][0]["expr"]]
     assert panel["targets"][0]["expr"].endswith(" / 100")
+    assert panel["fieldConfig"]["defaults"]["unit"] == "currencySEK"
 
 
 def test_kubectl_applies_only_the_service_monitor_and_the_rules() -> None:

@@ -77,11 +77,20 @@ def test_the_runbook_shows_whether_a_user_was_charged(ledger: Database) -> None:
     assert [entry["idempotency_key"] for entry in entries] == [KEY, "earlier", None]
 
 
-def test_a_refund_writes_an_entry(ledger: Database) -> None:
-    run(ledger, "balance + 350")
+def test_a_refund_is_written_once_although_it_is_run_twice(ledger: Database) -> None:
+    run(ledger, "'refund'")
+    with pytest.raises(psycopg.errors.UniqueViolation), ledger.connection.transaction():
+        run(ledger, "'refund'")
     assert ledger.balance(USER) == 650
-    assert run(ledger, LAST_ENTRIES)[0]["kind"] == "adjustment"
+    entry = run(ledger, LAST_ENTRIES)[0]
+    assert (entry["kind"], entry["amount_delta"], entry["actor"]) == ("refund", 350, None)
     assert faults(ledger) == []
+
+
+def test_a_refund_to_a_card_that_does_not_exist_fails(ledger: Database) -> None:
+    (statement,) = [candidate for candidate in STATEMENTS if "'refund'" in candidate]
+    with pytest.raises(psycopg.errors.CheckViolation), ledger.connection.transaction():
+        ledger.connection.execute(statement.replace(str(USER), str(NEW_CARD)))
 
 
 def test_a_missing_entry_is_found(ledger: Database) -> None:
@@ -142,7 +151,10 @@ def test_erasing_a_user_removes_the_name_and_keeps_the_entries(ledger: Database)
 def test_replacing_a_lost_card_writes_one_payout_and_one_credit(ledger: Database) -> None:
     for _ in range(2):
         run(ledger, "old_card constant")
-        assert (ledger.balance(USER), ledger.balance(NEW_CARD)) == (0, 300)
+        assert [(row["balance"], row["active"]) for row in both_cards(ledger)] == [
+            (0, False),
+            (300, True),
+        ]
     assert run(ledger, LAST_ENTRIES)[0]["kind"] == "payout"
     kinds = ledger.connection.execute(
         'select kind, amount_delta from public."Transaction_History" where user_id = %s',
@@ -152,6 +164,41 @@ def test_replacing_a_lost_card_writes_one_payout_and_one_credit(ledger: Database
     assert debit(ledger, USER, ledger.add_item(0), "old") == "user_inactive"
     assert debit(ledger, NEW_CARD, ledger.add_item(50), "new") == "debited"
     assert faults(ledger) == []
+
+
+def both_cards(ledger: Database) -> list[dict[str, object]]:
+    rows = run(ledger, f'active from public."Users" where card_id in ({USER}, {NEW_CARD})')
+    return sorted(rows, key=lambda row: str(row["card_id"]))
+
+
+def test_money_does_not_leave_an_old_card_that_does_not_exist(ledger: Database) -> None:
+    (statement,) = [candidate for candidate in STATEMENTS if "old_card constant" in candidate]
+    with (
+        pytest.raises(psycopg.errors.RaiseException, match="old card 710003 does not exist"),
+        ledger.connection.transaction(),
+    ):
+        ledger.connection.execute(statement.replace(str(USER), "710003"))
+    assert len(both_cards(ledger)) == 1
+
+
+@pytest.mark.parametrize(("name", "is_active"), [("somebody else", True), ("test", False)])
+def test_money_does_not_move_to_the_card_of_another_user_or_an_inactive_card(
+    ledger: Database, name: str, is_active: bool
+) -> None:
+    ledger.connection.execute(
+        'insert into public."Users" (card_id, name, active) values (%s, %s, %s)',
+        (NEW_CARD, name, is_active),
+    )
+    ledger.connection.execute(
+        """update public."Users" set name = 'test' where card_id = %s""", (USER,)
+    )
+    before = both_cards(ledger)
+    with (
+        pytest.raises(psycopg.errors.RaiseException, match="is inactive or has another name"),
+        ledger.connection.transaction(),
+    ):
+        run(ledger, "old_card constant")
+    assert both_cards(ledger) == before
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,9 @@ def test_make_audit_prints_its_findings(old_url: str) -> None:
     assert "Traceback" not in before.stderr
     assert "The ledger has no faults" in clean.stdout
     assert "user 1001: the balance is not that of the last entry" in wrong.stdout
+    database = psycopg.conninfo.conninfo_to_dict(old_url)
+    for output in (clean.stdout, wrong.stderr):
+        assert f"database {database['dbname']} on {database['host']}:{database['port']}" in output
 
 
 def run_audit(url: str) -> subprocess.CompletedProcess[str]:

@@ -20,7 +20,7 @@ from dev_stack import (
     run_curl_line,
     running_stack,
 )
-from servers import free_port
+from servers import free_port, without_coverage
 
 from devstack.server_account import temporary_folder
 
@@ -80,6 +80,25 @@ def test_a_port_taken_on_the_ipv6_loopback_is_reported(data: Path) -> None:
         ended = run(command(data, {"--port": port}))
     assert ended.returncode == 1
     assert f"Port {port} cannot be used" in ended.stderr
+
+
+def test_a_port_taken_before_postgres_starts_is_reported(data: Path, ports: dict[str, int]) -> None:
+    port = ports["--postgres-port"]
+    with subprocess.Popen(
+        command(data / "new", ports),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=without_coverage(),
+    ) as stack:
+        assert stack.stdout is not None
+        assert any("Starting Postgres" in line for line in stack.stdout)
+        with socket.create_server(("127.0.0.1", port)):  # while initdb creates the cluster
+            _, errors = stack.communicate(timeout=STOP_TIMEOUT_SECONDS)
+    assert stack.returncode == 1
+    assert f"Port {port} cannot be used (Address already in use)" in errors
+    assert "--postgres-port" in errors
+    assert "FATAL" not in errors
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "abc"])
