@@ -22,21 +22,29 @@ PASSED_ON = {"authorization", "content-type", "idempotency-key"}
 
 # The user's id is text, because JavaScript's numbers lose digits past 2^53.
 Purchase = tuple[str, str, int]
-Result = tuple[str, str, dict[str, Any]]  # key, result, body
+
+
+class Result(NamedTuple):
+    """A result of a client; only `resume` returns the debit."""
+
+    key: str
+    result: str
+    body: dict[str, Any]
+    debit: dict[str, Any] | None = None
 
 
 def code_blocks(language: str) -> list[str]:
-    """Return the guide's code: the client, and how to use it."""
+    """Return the guide's code: the client, how to use it, and for Python how to get tokens."""
     return re.findall(rf"^```{language}\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
 
 
 class TillClient:
-    """A client of the guide; each call runs it in a new process, with the stores of a folder."""
+    """A client of the guide; each call runs it in a new process, with the files of a folder."""
 
     def __init__(self, language: str, folder: Path) -> None:
         suffix = {"python": "py", "js": "mjs"}[language]
         self.folder = folder
-        self.code, self.usage = code_blocks(language)
+        self.code, self.usage, *_ = code_blocks(language)
         self._program = sys.executable if language == "python" else find_program("node")
         self._driver = DRIVERS / f"run_till.{suffix}"
         self.module = folder / f"till.{suffix}"
@@ -46,7 +54,7 @@ class TillClient:
         self, url: str, purchases: Iterable[Purchase], **options: object
     ) -> subprocess.Popen[str]:
         """Begin to buy, or to resume if there are no purchases."""
-        chosen = json.dumps({"patience": 60, "in_flight": 0} | options)
+        chosen = json.dumps({"patience": 60, "timeout": 10} | options)
         arguments = [str(self._driver), url, chosen, json.dumps(list(purchases))]
         return self.run(arguments)
 
@@ -60,12 +68,16 @@ class TillClient:
             text=True,
         )
 
-    def run_usage(self, url: str) -> subprocess.Popen[str]:
-        """Run the guide's example of use, against another address."""
+    def run_usage(self, url: str, changes: Mapping[str, str] = {}) -> subprocess.Popen[str]:
+        """Run the guide's example of use, against another address and with other changes."""
         program = self.folder / f"usage{self.module.suffix}"
         # Node.js has no localStorage.
         prefix = "" if self.module.suffix == ".py" else "const localStorage = {};\n"
-        program.write_text(prefix + self.usage.replace("http://localhost:8002", url))
+        usage = self.usage
+        for old, new in {"http://localhost:8002": url, **changes}.items():
+            assert old in usage
+            usage = usage.replace(old, new)
+        program.write_text(prefix + usage)
         return self.run([str(program)])
 
     def buy(self, url: str, *purchases: Purchase, **options: object) -> list[Result]:
@@ -82,9 +94,9 @@ class TillClient:
         settled: dict[str, Result] = {}
 
         def is_settled() -> bool:
-            results = self.resume(url, patience=1, in_flight=2)
-            settled.update({result[0]: result for result in results if result[1] != "unknown"})
-            return all(result[1] != "unknown" for result in results)
+            results = self.resume(url)
+            settled.update({result.key: result for result in results if result.result != "unknown"})
+            return all(result.result != "unknown" for result in results)
 
         await_true(is_settled)
         return settled
@@ -94,7 +106,7 @@ def finished(process: subprocess.Popen[str]) -> list[Result]:
     """Wait for a client; return the results that it printed."""
     printed, _ = process.communicate(timeout=100)
     assert process.returncode == 0
-    return [(key, result, body) for key, result, body in json.loads(printed)]
+    return [Result(*result) for result in json.loads(printed)]
 
 
 class FaultsByUser(FaultyGateway):

@@ -14,7 +14,7 @@ function openStore(file, content = {}) {
 }
 
 function openTill(store) {
-  const times = { patienceSeconds: options.patience, inFlightSeconds: options.in_flight };
+  const times = { patienceSeconds: options.patience, timeoutSeconds: options.timeout };
   return new Till(url, store, options.token ? { ...times, token: async () => options.token } : times);
 }
 
@@ -22,9 +22,9 @@ async function resume() {
   const results = [];
   for (const file of readdirSync(".").filter((name) => name.endsWith(".json")).sort()) {
     const till = openTill(openStore(file, JSON.parse(readFileSync(file))));
-    for await (const [key, result, body] of till.resume()) {
-      results.push([key, result, body]);
-      if (result !== "unknown") till.close(key);
+    for await (const [key, result, body, debit] of till.resume()) {
+      results.push([key, result, body, debit]);
+      if (result !== "unknown") till.forget(key);
     }
   }
   return results;

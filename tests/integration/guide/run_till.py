@@ -29,13 +29,13 @@ def use_token(token: str) -> Callable[[httpx.Request], httpx.Request]:
 
 
 def open_till(file: str) -> Any:
-    """Open a till; each has its own store."""
+    """Open a till; each has its own file."""
     return importlib.import_module("till").Till(
         URL,
         file,
         auth=use_token(OPTIONS["token"]) if "token" in OPTIONS else None,
         patience_seconds=OPTIONS["patience"],
-        in_flight_seconds=OPTIONS["in_flight"],
+        timeout_seconds=OPTIONS["timeout"],
     )
 
 
@@ -46,13 +46,13 @@ def buy(purchase: Purchase) -> Any:
 
 
 def resume() -> Iterator[Any]:
-    """Resume each till; close the purchases whose outcome is known."""
+    """Resume each till; forget the purchases whose outcome is known."""
     for file in sorted(Path().glob("*.db")):
         till = open_till(file.name)
-        for key, result, body in till.resume():
-            yield key, result, body
+        for key, result, body, debit in till.resume():
+            yield key, result, body, debit
             if result != "unknown":
-                till.close(key)
+                till.forget(key)
 
 
 if PURCHASES:

@@ -1,5 +1,6 @@
 """The clients of the integration guide charge each purchase once, and report what is true."""
 
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ import pytest
 from database import Database, locked
 from faulty_gateway import FAULTS, FaultyGateway
 from issuer import Issuer, make_token
-from servers import await_true, served
+from relay import Relay
+from servers import RawServer, await_true, http_response, served
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
@@ -24,6 +26,7 @@ from devstack.postgres import apply_seed, database_url
 
 ALICE = 1001  # the user of the guide's examples
 PRICE = 350
+NO_PRICE = 9007199254740991
 
 Start = Callable[..., httpx.Client]
 
@@ -40,7 +43,7 @@ def url_of(service: httpx.Client) -> str:
 def assert_true(database: Database, user_id: int, result: Result) -> None:
     """Assert that the result is what the ledger says."""
     charged = database.debits(user_id)
-    _, said, body = result
+    _, said, body, _ = result
     assert said in {"paid", "not charged"}, result
     assert charged == ([PRICE] if said == "paid" else []), result
     if said == "paid":
@@ -48,9 +51,9 @@ def assert_true(database: Database, user_id: int, result: Result) -> None:
 
 
 @pytest.mark.parametrize("language", ["python", "js"])
-def test_each_client_has_at_most_60_lines(language: str) -> None:
-    client, _ = code_blocks(language)
-    assert len(client.splitlines()) <= 60
+def test_each_client_has_at_most_65_lines(language: str) -> None:
+    client, *_ = code_blocks(language)
+    assert len(client.splitlines()) <= 65
     assert all(len(line) <= 100 for line in client.splitlines())
 
 
@@ -75,11 +78,13 @@ def test_every_purchase_is_paid_once_despite_every_fault(
             )
         resumed = client.resume_until_settled(url_of(service))
     assert {200, 404, 503, 504} <= set(network.statuses)
-    assert {request.key for request in network.requests} == {key for key, _, _ in results}
+    assert {request.key for request in network.requests} == {result.key for result in results}
     for user_id, result in zip(users, results, strict=True):
-        assert result[1] == "paid"
+        assert result.result == "paid"
         assert_true(database, user_id, result)
-    assert list(resumed.values()) == results
+        debit = {"user_id": str(user_id), "item_id": item_id, "expected_price": PRICE}
+        assert resumed[result.key] == result._replace(debit=debit)
+    assert len(resumed) == len(results)
     assert database.audit() == []
 
 
@@ -126,16 +131,165 @@ def test_a_till_says_unknown_while_the_outcome_is_unknown_and_settles_later(
         )
         purchases = [(str(user_id), item_id, PRICE) for user_id in users]
         results = client.buy(url_of(service), *purchases, patience=2)
-    assert [result for _, result, _ in results] == ["unknown", "unknown", "not charged"]
-    assert results[2][2]["code"] == "ledger_unavailable"
-    url = url_of(start_service())
-    settled = {result[0]: result for result in client.resume(url, in_flight=3600)}
-    # A request could still be in flight: "nothing is recorded" is not yet "not charged".
-    assert [settled[key][1] for key, _, _ in results] == ["paid", "unknown", "unknown"]
-    settled |= client.resume_until_settled(url)
-    assert [settled[key][1] for key, _, _ in results] == ["paid", "not charged", "not charged"]
-    for user_id, (key, _, _) in zip(users, results, strict=True):
-        assert_true(database, user_id, settled[key])
+    assert [result.result for result in results] == ["unknown", "unknown", "not charged"]
+    assert results[2].body["code"] == "ledger_unavailable"
+    settled = client.resume_until_settled(url_of(start_service()))
+    said = [settled[result.key].result for result in results]
+    assert said == ["paid", "not charged", "not charged"]
+    for user_id, result in zip(users, results, strict=True):
+        assert_true(database, user_id, settled[result.key])
+
+
+class FreezingGateway(Relay):
+    """A gateway that can freeze, like a stopped process; `thaw` executes the debits it holds."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, self._relay)
+        self.is_frozen = False
+        self.late_responses: list[bytes] = []
+        self._held = 0
+        self._is_thawed = threading.Event()
+
+    def thaw(self) -> None:
+        """Execute the debits that are held, although nobody waits for the responses."""
+        self.is_frozen = False
+        assert self._held
+        self._is_thawed.set()
+        await_true(lambda: len(self.late_responses) == self._held)
+
+    def _relay(self, connection: socket.socket, request: bytes) -> None:
+        if self.is_frozen and b"/rpc/debit_use" in request:
+            self._held += 1
+            assert self._is_thawed.wait(60)
+            self.late_responses.append(self.forward(request))
+        elif request:
+            connection.sendall(self.forward(request))
+
+
+@pytest.fixture
+def frozen_gateway(gateway_url: str) -> Iterator[FreezingGateway]:
+    with FreezingGateway(gateway_url) as gateway:
+        gateway.is_frozen = True
+        yield gateway
+
+
+def start_behind(gateway: FreezingGateway, start_service: Start) -> str:
+    """Start a service that gives up soon; return its address."""
+    service = start_service(
+        supabase_url=gateway.url,
+        request_timeout_seconds=1,
+        call_timeout_seconds=0.3,
+        debit_batch_size_max=1,
+        products_cache_seconds=0,
+    )
+    return url_of(service)
+
+
+def buy_with_unknown_outcome(client: TillClient, url: str, user_id: int, item_id: str) -> Result:
+    """Buy, while a debit is held: nothing is stored, and nobody may conclude anything."""
+    (result,) = client.buy(url, (str(user_id), item_id, PRICE), patience=1)
+    assert (result.result, result.body["code"]) == ("unknown", "payment_not_found")
+    return result
+
+
+def test_a_cancelled_purchase_is_never_charged_although_its_debit_arrives_later(
+    client: TillClient, frozen_gateway: FreezingGateway, start_service: Start, database: Database
+) -> None:
+    user_id, item_id = database.add_user(5000), str(database.add_item(PRICE))
+    url = start_behind(frozen_gateway, start_service)
+    buy_with_unknown_outcome(client, url, user_id, item_id)
+    frozen_gateway.is_frozen = False  # for new calls
+    (cancelled,) = client.resume(url)
+    assert (cancelled.result, cancelled.body) == ("not charged", {"outcome": "price_changed"})
+    frozen_gateway.thaw()
+    for response in frozen_gateway.late_responses:
+        assert b'"idempotency_key_reused"' in response
+    assert_true(database, user_id, cancelled)
+    assert database.balance(user_id) == 5000
+
+
+def test_a_purchase_whose_debit_arrives_before_the_cancelling_one_is_paid(
+    client: TillClient, frozen_gateway: FreezingGateway, start_service: Start, database: Database
+) -> None:
+    user_id, item_id = database.add_user(5000), str(database.add_item(PRICE))
+    url = start_behind(frozen_gateway, start_service)
+    buy_with_unknown_outcome(client, url, user_id, item_id)
+    frozen_gateway.thaw()
+    (result,) = client.resume(url)
+    assert result.result == "paid"
+    assert_true(database, user_id, result)
+
+
+def test_a_purchase_is_unknown_while_its_cancelling_debit_is_in_progress(
+    client: TillClient, frozen_gateway: FreezingGateway, start_service: Start, database: Database
+) -> None:
+    user_id, item_id = database.add_user(5000), str(database.add_item(PRICE))
+    url = start_behind(frozen_gateway, start_service)
+    bought = buy_with_unknown_outcome(client, url, user_id, item_id)
+    (unknown,) = client.resume(url)
+    assert (unknown.key, unknown.result) == (bought.key, "unknown")
+    frozen_gateway.thaw()  # both debits, in whichever order
+    (result,) = client.resume(url)
+    assert_true(database, user_id, result)
+
+
+def test_a_purchase_is_unknown_while_the_products_service_rejects_its_item(
+    client: TillClient, frozen_gateway: FreezingGateway, start_service: Start, database: Database
+) -> None:
+    user_id, item_id = database.add_user(5000), database.add_item(PRICE)
+    url = start_behind(frozen_gateway, start_service)
+    bought = buy_with_unknown_outcome(client, url, user_id, str(item_id))
+    frozen_gateway.is_frozen = False  # for new calls
+    set_active = 'update public."Items" set active = %s where id = %s'
+    database.connection.execute(set_active, (False, item_id))
+    assert [result.result for result in client.resume(url)] == ["unknown"]
+    other = {"user_id": user_id, "item_id": str(database.add_item()), "expected_price": NO_PRICE}
+    key = {"Idempotency-Key": bought.key}
+    assert httpx.post(f"{url}/payments/debit", json=other, headers=key).status_code == 409
+    (cancelled,) = client.resume(url)
+    database.connection.execute(set_active, (True, item_id))
+    frozen_gateway.thaw()
+    assert cancelled.result == "not charged"
+    assert_true(database, user_id, cancelled)
+
+
+def test_a_purchase_with_an_unknown_card_is_not_charged(
+    client: TillClient, service: httpx.Client, database: Database
+) -> None:
+    purchase = ("1", str(database.add_item(PRICE)), PRICE)
+    with FaultyNetwork(url_of(service), {1: repeat("closed before forwarding")}) as network:
+        (bought,) = client.buy(network.url, purchase, patience=1)
+    assert bought.result == "unknown"
+    (result,) = client.resume(url_of(service))
+    assert (result.result, result.body["code"]) == ("not charged", "user_not_found")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (501, "not_implemented", "unknown"),
+        (502, "bad_gateway", "unknown"),
+        (500, "ledger_rejected", "not charged"),
+        (503, "closed_on_sundays", "not charged"),
+        (418, "teapot", "not charged"),
+    ],
+)
+def test_the_status_decides_if_the_code_is_unknown(
+    client: TillClient, status: int, code: str, expected: str
+) -> None:
+    problem = json.dumps({"type": f"/problems/{code}", "status": status, "code": code})
+    with RawServer(http_response(f"{status} X", problem.encode())) as server:
+        (result,) = client.buy(server.url, ("1", str(uuid4()), PRICE), patience=1)
+    assert (result.result, result.body["code"]) == (expected, code)
+
+
+def test_a_till_gives_a_request_up_after_its_timeout(client: TillClient) -> None:
+    with RawServer(None, holds=True) as server:
+        # One attempt: a debit and a lookup.
+        (result,) = client.buy(server.url, ("1", str(uuid4()), PRICE), patience=0, timeout=0.2)
+    assert result.result == "unknown"
+    requests = [request for request in server.requests if request]  # not unused connections
+    assert len(requests) == 2
 
 
 def test_a_till_reports_declines_and_charges_nobody(
@@ -153,8 +307,8 @@ def test_a_till_reports_declines_and_charges_nobody(
         ("1", item_id, PRICE),
         (str(user_id), "coffee", PRICE),
     )
-    assert [result for _, result, _ in results] == ["not charged"] * len(results)
-    assert [body["code"] for _, _, body in results] == [
+    assert [result.result for result in results] == ["not charged"] * len(results)
+    assert [result.body["code"] for result in results] == [
         "insufficient_funds",
         "price_changed",
         "user_inactive",
@@ -163,16 +317,16 @@ def test_a_till_reports_declines_and_charges_nobody(
         "user_not_found",
         "invalid_request",
     ]
-    assert results[1][2]["price"] == PRICE
+    assert results[1].body["price"] == PRICE
     assert database.debits(user_id) == []
 
 
 class ClosingNetwork(FaultyNetwork):
-    """A network that closes the first connection while its request is in flight."""
+    """A network that closes the first connection while its request is in progress."""
 
-    def __init__(self, url: str, is_in_flight: Callable[[], bool]) -> None:
+    def __init__(self, url: str, is_in_progress: Callable[[], bool]) -> None:
         super().__init__(url, {})
-        self._is_in_flight = is_in_flight
+        self._is_in_progress = is_in_progress
         self.first: threading.Thread | None = None
 
     def _relay(self, connection: socket.socket, request: bytes) -> None:
@@ -181,10 +335,10 @@ class ClosingNetwork(FaultyNetwork):
         else:
             self.first = threading.Thread(target=self.forward, args=(request,))
             self.first.start()
-            await_true(self._is_in_flight)
+            await_true(self._is_in_progress)
 
 
-def test_a_till_does_not_believe_a_decline_while_its_first_request_is_in_flight(
+def test_a_till_does_not_believe_a_decline_while_its_first_request_is_in_progress(
     client: TillClient, migrated_port: int, start_service: Start, database: Database
 ) -> None:
     user_id = database.add_user(5000)
@@ -211,7 +365,7 @@ def test_a_till_does_not_believe_a_decline_while_its_first_request_is_in_flight(
                 await_true(lambda: 409 in network.statuses and 404 in network.statuses)
                 assert till.poll() is None
             (result,) = finished(till)
-    assert result[1] == "paid"
+    assert result.result == "paid"
     assert_true(database, user_id, result)
 
 
@@ -228,7 +382,7 @@ def test_a_till_waits_for_retry_after_and_keeps_its_key(
             (result,) = client.buy(network.url, purchase)
     assert_true(database, user_id, result)
     assert set(network.statuses) == {503, 200}
-    assert {(request.method, request.key) for request in network.requests} == {("POST", result[0])}
+    assert {(request.method, request.key) for request in network.requests} == {("POST", result.key)}
     for earlier, later in pairwise(network.requests):
         assert later.arrived - earlier.responded >= 1
 
@@ -240,10 +394,10 @@ def test_a_till_sends_its_token(
     purchase = (str(user_id), str(database.add_item(PRICE)), PRICE)
     service = issuers.start(start_service, issuer)
     (refused,) = client.buy(url_of(service), purchase)
-    assert (refused[1], refused[2]["code"]) == ("not charged", "unauthenticated")
+    assert (refused.result, refused.body["code"]) == ("not charged", "unauthenticated")
     (result,) = client.buy(url_of(service), purchase, token=make_token())
     assert_true(database, user_id, result)
-    assert result[1] == "paid"
+    assert result.result == "paid"
 
 
 def test_the_usage_in_the_guide_charges_the_seeded_user(
@@ -255,3 +409,56 @@ def test_the_usage_in_the_guide_charges_the_seeded_user(
         printed, _ = process.communicate(timeout=60)
     assert printed == f"Here is your coffee. Your new balance: {database.balance(ALICE)}\n"
     assert database.debits(ALICE) == [*before, PRICE]
+
+
+def test_the_usage_in_the_guide_settles_an_unknown_purchase(
+    client: TillClient,
+    frozen_gateway: FreezingGateway,
+    start_service: Start,
+    migrated_port: int,
+    database: Database,
+) -> None:
+    apply_seed(database_url(migrated_port))
+    before = database.debits(ALICE)
+    url = start_behind(frozen_gateway, start_service)
+    options = {
+        '"till.db")': '"till.db", patience_seconds=1)',
+        "localStorage)": "localStorage, { patienceSeconds: 1 })",
+    }
+    changes = {old: new for old, new in options.items() if old in client.usage}
+    changes |= {"sleep(5)": "sleep(0.1)"} if "sleep(5)" in client.usage else {"5000": "100"}
+    with client.run_usage(url, changes) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        frozen_gateway.is_frozen = False  # for new calls
+        lines += process.stdout.readlines()
+    frozen_gateway.thaw()
+    assert lines[0] == ("We do not know yet whether you have paid. Please do not pay again.\n")
+    assert lines[1].startswith("For staff: unknown")
+    assert "not charged" in "".join(lines[2:])
+    assert database.debits(ALICE) == before
+
+
+def test_the_auth_in_the_guide_gets_a_token_and_keeps_it(
+    tmp_path: Path, start_service: Start, issuer: Issuer, database: Database
+) -> None:
+    client = TillClient("python", tmp_path)
+    user_id = database.add_user(5000)
+    item_id = str(database.add_item(PRICE))
+    url = url_of(issuers.start(start_service, issuer))
+    token = {"access_token": make_token(), "token_type": "Bearer", "expires_in": 60}
+    with RawServer(http_response("200 OK", json.dumps(token).encode())) as tokens:
+        code = code_blocks("python")[2].replace("https://login.example.org", tokens.url)
+        purchase = f"{user_id}, '{item_id}', {PRICE}"
+        program = tmp_path / "program.py"
+        program.write_text(
+            f"{code}\nfrom till import Till\ntill = Till('{url}', 'till.db', auth=auth)\n"
+            f"print([till.buy({purchase})[1] for _ in range(2)])\n"
+        )
+        with client.run([str(program)]) as process:
+            printed, _ = process.communicate(timeout=60)
+    assert printed == "['paid', 'paid']\n"
+    assert database.debits(user_id) == [PRICE, PRICE]
+    (request,) = tokens.requests
+    assert request.startswith(b"POST /token ")
+    assert b"grant_type=client_credentials" in request

@@ -28,7 +28,10 @@ RESUME = """
 async (url) => {
   const { Till } = await import("/till.mjs");
   const [till, results] = [new Till(url, localStorage), []];
-  for await (const result of till.resume()) { results.push(result); till.close(result[0]); }
+  for await (const [key, result, body] of till.resume()) {
+    results.push([key, result, body]);
+    till.forget(key);
+  }
   return [results, localStorage.length];
 }
 """
