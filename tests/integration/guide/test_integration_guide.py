@@ -81,7 +81,7 @@ def test_an_item_of_the_products_service_has_the_fields_of_the_guide(
 ) -> None:
     apply_seed(database_url(migrated_port))
     sentence = re.search(
-        r"of the products service\nreturns (.+)\.$", GUIDE.read_text(), re.MULTILINE
+        r"of the products service\nreturns ([^.]+)\.", GUIDE.read_text(), re.MULTILINE
     )
     assert sentence
     fields = re.findall(r"`(\w+)`", sentence[1])

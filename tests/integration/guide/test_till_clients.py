@@ -1,6 +1,7 @@
 """The clients of the integration guide charge each purchase once, and report what is true."""
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -407,7 +408,9 @@ def test_the_usage_in_the_guide_charges_the_seeded_user(
     before = database.debits(ALICE)
     with client.run_usage(url_of(service)) as process:
         printed, _ = process.communicate(timeout=60)
-    assert printed == f"Here is your coffee. Your new balance: {database.balance(ALICE)}\n"
+    new_balance = re.fullmatch(r"Here is your coffee. Your new balance: (\S+) kr\n", printed)
+    assert new_balance
+    assert float(new_balance[1]) == database.balance(ALICE) / 100
     assert database.debits(ALICE) == [*before, PRICE]
 
 
