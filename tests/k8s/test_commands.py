@@ -169,17 +169,21 @@ def test_the_runbook_deploys_and_restarts_the_pods(api: ApiServer, run: Run) -> 
     assert restarted(api)
 
 
-def test_the_runbook_changes_one_variable_of_the_secret_and_restarts_the_pods(
+def test_the_runbook_changes_the_secret_restarts_the_pods_and_puts_the_old_secret_back(
     api: ApiServer, run: Run, tmp_path: Path
 ) -> None:
     succeed(run("kubectl apply -k overlays/production"))
     succeed(run(CREATE_SECRET.replace(NAMESPACE, "payment-service")))
     env = tmp_path / ".env"
     env.unlink()  # as in a fresh clone
-    write_env_of_secret, *replace_secret = marked_commands(RUNBOOK, "Changing the secret")
+    write_env_of_secret, keep, *replace_secret, put_back, remove = marked_commands(
+        RUNBOOK, "Changing the secret"
+    )
     assert len(replace_secret) == 3
     succeed(run(write_env_of_secret, "."))
-    assert env.stat().st_mode & 0o077 == 0
+    succeed(run(keep, "."))
+    for file in (env, tmp_path / ".env.old"):
+        assert file.stat().st_mode & 0o077 == 0
     env.write_text(env.read_text().replace('"quoted"', '"new"'))
     for command in replace_secret:
         output = succeed(run(command, "."))
@@ -189,6 +193,12 @@ def test_the_runbook_changes_one_variable_of_the_secret_and_restarts_the_pods(
         "SUPABASE_KEY": '"new"',
     }
     assert restarted(api)
+
+    for command in (put_back, *replace_secret):
+        succeed(run(command, "."))
+    assert read_secret(api)["SUPABASE_KEY"] == '"quoted"'
+    succeed(run(remove, "."))
+    assert not list(tmp_path.glob(".env*"))
 
 
 def restarted(api: ApiServer) -> bool:

@@ -161,13 +161,22 @@ def test_a_wrong_balance_is_not_overwritten_and_is_reset_from_the_entries(
     assert faults(ledger) == []
 
 
-def test_erasing_a_user_removes_the_name_and_keeps_the_entries(ledger: Database) -> None:
+def test_erasing_a_user_removes_the_name_pays_out_and_keeps_the_entries(
+    ledger: Database,
+) -> None:
     run(ledger, "set name = ''")
+    assert debit(ledger, USER, ledger.add_item(50), "next") == "user_inactive"
+    assert run(ledger, "select balance from") == [{"balance": 300}]
+    run(ledger, "payout erasure")
+    with pytest.raises(psycopg.errors.UniqueViolation), ledger.connection.transaction():
+        run(ledger, "payout erasure")
+    assert ledger.balance(USER) == 0
     row = ledger.connection.execute(
         'select name, active from public."Users" where card_id = %s', (USER,)
     ).fetchone()
     assert row == ("", False)
-    assert len(run(ledger, LAST_ENTRIES)) == 3
+    kinds = [entry["kind"] for entry in run(ledger, LAST_ENTRIES)]
+    assert kinds == ["payout", "debit", "debit", "opening"]
     assert faults(ledger) == []
 
 
