@@ -29,6 +29,16 @@ def prose(document: Path) -> str:
 
 def blocks(document: Path) -> list[Block]:
     """Return the code blocks of a document."""
+    return blocks_of(document.read_text())
+
+
+def code_in(text: str, language: str) -> list[str]:
+    """Return the code blocks of a language in a piece of Markdown."""
+    return [block.text for block in blocks_of(text) if block.language == language]
+
+
+def blocks_of(text: str) -> list[Block]:
+    """Return the code blocks in a piece of Markdown."""
     pattern = r"^(?P<above>[^\n]*)\n(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$"
     return [
         Block(
@@ -36,5 +46,5 @@ def blocks(document: Path) -> list[Block]:
             re.sub(rf"^{found['indent']}", "", found["text"], flags=re.MULTILINE),
             found["above"].strip(),
         )
-        for found in re.finditer(pattern, document.read_text(), re.DOTALL | re.MULTILINE)
+        for found in re.finditer(pattern, text, re.DOTALL | re.MULTILINE)
     ]

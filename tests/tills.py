@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from documents import ROOT, code_in
 from faulty_gateway import FaultyGateway
 from programs import find_program
 from servers import await_true, http_response, without_coverage
 
-ROOT = Path(__file__).parents[1]
 GUIDE = ROOT / "docs/integration.md"
 DRIVERS = ROOT / "tests/integration/guide"
 PASSED_ON = {"authorization", "content-type", "idempotency-key"}
@@ -35,7 +35,7 @@ class Result(NamedTuple):
 
 def code_blocks(language: str) -> list[str]:
     """Return the guide's code: the client, how to use it, and for Python how to get tokens."""
-    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    return code_in(GUIDE.read_text(), language)
 
 
 class TillClient:

@@ -6,12 +6,13 @@ import re
 import shutil
 import subprocess
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 from api_server import ApiServer
+from documents import blocks_of, code_in
 from programs import find_program
 from servers import await_true
 
@@ -28,7 +29,10 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 def commands(document: str) -> list[str]:
     """Return the commands in the code blocks of a document, without comments."""
-    blocks = re.findall(r"^ *```sh\n(.*?)^ *```", document, re.DOTALL | re.MULTILINE)
+    return split_commands(code_in(document, "sh"))
+
+
+def split_commands(blocks: Iterable[str]) -> list[str]:
     lines = re.sub(r" *\\\n *", " ", "".join(blocks)).splitlines()
     return [re.sub(r"\s+# .*", "", line).strip() for line in lines]
 
@@ -36,8 +40,7 @@ def commands(document: str) -> list[str]:
 def marked_commands(document: str, section: str) -> list[str]:
     """Return the commands of a section's code blocks that the document marks as run here."""
     text = document.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    blocks = re.findall(rf"^ *{MARK}\n *```sh\n.*?^ *```", text, re.DOTALL | re.MULTILINE)
-    return commands("\n".join(blocks))
+    return split_commands(block.text for block in blocks_of(text) if block.line_above == MARK)
 
 
 CREATE_SECRET = next(command for command in commands(GUIDE) if command.startswith(CREATE))

@@ -14,6 +14,7 @@ import psycopg
 import pytest
 import yaml
 from database import Database
+from documents import code_in
 from programs import find_program
 from prometheus_client.parser import text_string_to_metric_families
 from servers import RawServer, service_process
@@ -32,7 +33,7 @@ DEVELOPMENT = {
 }
 RUNBOOK = (ROOT / "docs" / "operations.md").read_text()
 
-DOCUMENTED_QUERIES = re.findall(r"^ *```promql\n(.*?)^ *```", RUNBOOK, re.DOTALL | re.MULTILINE)
+DOCUMENTED_QUERIES = code_in(RUNBOOK, "promql")
 QUERIES = [
     *((name, rule["expr"]) for name, rule in ALERTS.items()),
     *((panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]),
@@ -169,7 +170,7 @@ def test_the_first_checks_of_the_runbook_show_the_state_of_a_pod(service: httpx.
 def run_curl(service: httpx.Client, section: str, replaced: Mapping[str, str]) -> str:
     """Run the curl commands of a section of the runbook on the service; return their output."""
     text = RUNBOOK.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    (block,) = re.findall(r"```sh\n((?: *curl [^`]*))```", text)
+    (block,) = [block for block in code_in(text, "sh") if block.startswith("curl ")]
     address = f"127.0.0.1:{service.base_url.port}"
     block = block.replace("localhost:8002", address)
     block = block.replace("https://payments.example.org", f"http://{address}")

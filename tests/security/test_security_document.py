@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import pytest
 from database import Database, create_database
+from documents import code_in
 
 from app.api import middleware, requests
 from app.auth.issuer_keys import KEYS_BYTES_MAX
@@ -52,7 +53,7 @@ def test_the_documented_limits_match_the_code() -> None:
 
 
 def test_the_documented_sql_runs(database: Database) -> None:
-    statements = re.findall(r"```sql\n(.*?)```", TEXT, re.DOTALL)
+    statements = code_in(TEXT, "sql")
     assert statements
     for statement in statements:
         database.connection.execute(statement)
@@ -61,7 +62,7 @@ def test_the_documented_sql_runs(database: Database) -> None:
 def test_the_documented_command_audits_the_database_at_the_address_that_it_reads(
     postgres_port: int, tmp_path: Path
 ) -> None:
-    (command,) = re.findall(r"```sh\n( *read .*?)```", TEXT, re.DOTALL)
+    (command,) = [code for code in code_in(TEXT, "sh") if code.startswith("read ")]
     url = create_database(postgres_port, f"audited_{uuid4().hex}")
     apply_migrations(url)
     make = tmp_path / "make"  # without the installation that the real one may begin with

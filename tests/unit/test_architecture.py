@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from documents import code_in
 
 from app.api.schemas import Payment
 from app.errors import PROBLEMS, KeyOfDebit
@@ -14,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 DOCUMENT = (ROOT / "docs" / "architecture.md").read_text()
 PYTHON = "".join(path.read_text() for path in (ROOT / "app").rglob("*.py"))
 SQL = "".join(path.read_text() for path in (ROOT / "supabase").rglob("*.sql"))
-DIAGRAMS = re.findall(r"^```mermaid\n(.*?)^```", DOCUMENT, re.DOTALL | re.MULTILINE)
+DIAGRAMS = code_in(DOCUMENT, "mermaid")
 PARTS, DEBIT, UNKNOWN_OUTCOME = DIAGRAMS
 
 # Mermaid's own words at the start of a line of a sequence diagram.

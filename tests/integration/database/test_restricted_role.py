@@ -1,6 +1,5 @@
 """The role with fewer rights of docs/database.md can run the service, and nothing else."""
 
-import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import psycopg
 import pytest
 from client import code_of, get_outcome, post_debit
 from database import Database
+from documents import code_in
 from psycopg import errors
 from servers import await_true
 
@@ -21,7 +21,7 @@ from devstack.postgres import database_url
 
 ROOT = Path(__file__).parents[3]
 DOCUMENT = (ROOT / "docs" / "database.md").read_text()
-(CREATE_ROLE,) = re.findall(r"```sql\n(create role .*?)```", DOCUMENT, re.DOTALL)
+(CREATE_ROLE,) = [sql for sql in code_in(DOCUMENT, "sql") if sql.startswith("create role ")]
 ROLE = "payment_service"
 
 

@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import dedent
 from uuid import UUID, uuid4
 
 import psycopg
 import pytest
 from database import Database
+from documents import code_in
 
 RUNBOOK = (Path(__file__).parents[3] / "docs" / "operations.md").read_text()
 USER = 710_001
@@ -17,8 +17,8 @@ NEW_CARD = 710_002
 KEY = "the-key"
 STATEMENTS = [
     # The runbook's user may already exist with entries.
-    dedent(statement).replace("1001", str(USER)).replace("2002", str(NEW_CARD))
-    for statement in re.findall(r"^ *```sql\n(.*?)^ *```", RUNBOOK, re.DOTALL | re.MULTILINE)
+    statement.replace("1001", str(USER)).replace("2002", str(NEW_CARD))
+    for statement in code_in(RUNBOOK, "sql")
 ]
 LAST_ENTRIES = "kind, amount_delta, balance_after, item"
 

@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from client import post_debit
 from database import Database, create_database
+from documents import code_in
 from postgrest.exceptions import APIError
 from psycopg import errors
 from psycopg.types.json import Jsonb
@@ -50,7 +51,7 @@ where exists (select from public."Transaction_History" where user_id = card_id)
 
 def statements(part: str) -> str:
     """Return the piece of SQL in the documents that contains a part."""
-    pieces = re.findall(r"```sql\n(.*?)```", (DOCS / "scaling.md").read_text(), re.DOTALL)
+    pieces = code_in((DOCS / "scaling.md").read_text(), "sql")
     pieces += [file.read_text() for file in (DOCS / "sql").glob("*.sql")]
     (found,) = [piece for piece in pieces if part in piece]
     later = datetime.now(UTC).year - 2026  # shift the document's years into the future

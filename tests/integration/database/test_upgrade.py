@@ -1,7 +1,6 @@
 """Existing databases are upgraded without losing data."""
 
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -11,6 +10,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 from database import create_database
+from documents import code_in
 
 from devstack.postgres import apply_migrations
 
@@ -203,7 +203,7 @@ def test_a_database_of_version_0_1_keeps_balances_entries_and_outcomes(
 
 def test_old_csv_files_can_be_imported_before_the_migrations(postgres_port: int) -> None:
     document = (Path(__file__).parents[3] / "docs" / "database.md").read_text()
-    pieces = re.findall(r"```sql\n(.*?)```", document, re.DOTALL)
+    pieces = code_in(document, "sql")
     (tables,) = [piece for piece in pieces if 'create table public."Users"' in piece]
     url = create_database(postgres_port, f"csv_{uuid4().hex}")
     files = {
