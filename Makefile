@@ -66,7 +66,7 @@ bench-chart: $(INSTALLED) ## Draw docs/images/performance.svg from bench.json (m
 	@$(BIN)/python -m bench.chart bench.json docs/images/performance.svg
 
 images: $(INSTALLED) ## Take the pictures of Swagger UI and of the dashboard (needs Chromium and Prometheus)
-	@$(BIN)/python -m devstack.images docs/images/swagger.png
+	@$(BIN)/python -m bench.swagger docs/images/swagger.png
 	@$(BIN)/python -m bench.dashboard docs/images/dashboard.png
 
 ##@ Database

@@ -5,7 +5,6 @@ import asyncio
 import json
 import math
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,8 +16,8 @@ from uuid import uuid4
 import aiohttp
 import httpx
 import psycopg
-from playwright.sync_api import sync_playwright
 
+from bench.browser import running_chromium
 from bench.panels import HEIGHT, WIDTH, Panel, Series, draw_dashboard
 from bench.png import with_palette
 from bench.processes import ROOT, BenchFailed, await_response, free_ports, running_program
@@ -161,17 +160,10 @@ def write_picture(svg: str, file: Path) -> None:
     Raises:
         BenchFailed: Chromium is missing.
     """
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if chromium is None:
-        raise BenchFailed("chromium is missing; install it")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium, args=["--no-sandbox", "--disable-gpu"]
-        )
-        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+    with running_chromium() as chromium:
+        page = chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.set_content(f'<body style="margin:0">{svg}</body>')
         file.write_bytes(with_palette(page.screenshot()))
-        browser.close()
 
 
 def collect(seconds: int) -> list[Panel]:

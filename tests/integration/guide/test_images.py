@@ -11,7 +11,8 @@ import pytest
 from programs import find_program
 from servers import without_coverage
 
-from devstack.images import BROWSERS, IMAGE
+from bench.browser import BROWSERS
+from bench.swagger import IMAGE
 
 pytestmark = pytest.mark.alone  # as all tests with a browser
 BYTES_MAX = 150_000
@@ -28,7 +29,7 @@ def size(image: Path) -> tuple[int, int]:
 def test_the_command_takes_the_screenshot_of_a_debit(tmp_path: Path) -> None:
     find_program(*BROWSERS)
     new = tmp_path / "swagger.png"
-    command = [sys.executable, "-m", "devstack.images", str(new)]
+    command = [sys.executable, "-m", "bench.swagger", str(new)]
     with subprocess.Popen(command, env=without_coverage(), start_new_session=True) as process:
         try:
             assert process.wait(120) == 0

@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from tills import FaultsByUser, code_blocks
 
-from devstack.images import BROWSERS
+from bench.browser import BROWSERS
 
 pytestmark = pytest.mark.alone  # as all tests with a browser
 
