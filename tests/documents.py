@@ -4,9 +4,22 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from app.api import middleware, requests
+from app.server import protocol
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND_LANGUAGES = ("sh", "bash", "sql", "promql")
+KIB = 1024
+# The rows about a request in the tables of limits in api.md and security.md.
+REQUEST_LIMITS = {
+    "request line and headers": f"{protocol.HEAD_BYTES_MAX // KIB} KiB, "
+    f"{protocol.HEADERS_MAX} headers, {protocol.HEAD_SECONDS_MAX:.0f} s",
+    "address": f"{protocol.ESCAPES_MAX:,} percent-encoded characters",
+    "query": f"{middleware.QUERY_BYTES_MAX // KIB} KiB, {middleware.PARAMETERS_MAX} parameters",
+    "body": f"{requests.BODY_BYTES_MAX // KIB} KiB, {requests.FIELDS_MAX} fields, "
+    f"{requests.BODY_SECONDS_MAX:.0f} s",
+}
 
 
 class Block(NamedTuple):

@@ -9,9 +9,8 @@ from uuid import uuid4
 
 import pytest
 from database import Database, create_database
-from documents import code_in
+from documents import REQUEST_LIMITS, code_in
 
-from app.api import middleware, requests
 from app.auth.issuer_keys import KEYS_BYTES_MAX
 from app.ledger import user_limits
 from app.ledger.client import RESPONSE_BYTES_MAX as LEDGER_RESPONSE_BYTES_MAX
@@ -25,12 +24,7 @@ TEXT = (ROOT / "docs" / "security.md").read_text()
 KIB = 1024
 
 LIMITS = {
-    "request line and headers": f"{protocol.HEAD_BYTES_MAX // KIB} KiB, "
-    f"{protocol.HEADERS_MAX} headers, {protocol.HEAD_SECONDS_MAX:.0f} s",
-    "address": f"{protocol.ESCAPES_MAX:,} percent-encoded characters",
-    "query": f"{middleware.QUERY_BYTES_MAX // KIB} KiB, {middleware.PARAMETERS_MAX} parameters",
-    "body": f"{requests.BODY_BYTES_MAX // KIB} KiB, {requests.BODY_SECONDS_MAX:.0f} s, "
-    f"{requests.FIELDS_MAX} fields",
+    **REQUEST_LIMITS,
     "trailers of a chunked body": f"{protocol.HEAD_BYTES_MAX // KIB} KiB, "
     f"{protocol.HEADERS_MAX}; they are ignored",
     "pipelined requests": f"{protocol.PIPELINED_MAX}, then the service stops reading",

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from documents import COMMAND_LANGUAGES, DOCUMENTS, ROOT, blocks, name_of, prose
+from documents import COMMAND_LANGUAGES, DOCUMENTS, REQUEST_LIMITS, ROOT, blocks, name_of, prose
 
 import app
-from app.api import middleware, requests
 from app.errors import PROBLEMS
 from app.ledger.user_limits import WAITING_OF_USER_MAX
 from app.main import create_app
@@ -22,14 +21,8 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 README_LINES_MAX = 250
 NEEDS = ("a cluster", "a Supabase project", "Docker", "the internet", "ten minutes")
 
-KIB = 1024
 LIMITS = {
-    "request line and headers": f"{protocol.HEAD_BYTES_MAX // KIB} KiB, "
-    f"{protocol.HEADERS_MAX} headers, {protocol.HEAD_SECONDS_MAX:.0f} s",
-    "address": f"{protocol.ESCAPES_MAX:,} percent-encoded characters",
-    "query": f"{middleware.QUERY_BYTES_MAX // KIB} KiB, {middleware.PARAMETERS_MAX} parameters",
-    "body": f"{requests.BODY_BYTES_MAX // KIB} KiB, {requests.FIELDS_MAX} fields, "
-    f"{requests.BODY_SECONDS_MAX:.0f} s",
+    **REQUEST_LIMITS,
     "pipelined requests of a connection": f"{protocol.PIPELINED_MAX}",
     "connections": f"{protocol.CONNECTIONS_MAX:,}, "
     f"and {protocol.RESERVED_CONNECTIONS_MAX} more for "
